@@ -1,0 +1,37 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+
+.PHONY: quickstart quickstart-short test docs clean
+
+quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
+	$(BIN)/python plans/digits.py data/digits
+	$(LAUNCH) train.py plans/quickstart.yaml
+
+# The same path in a tenth of the steps: for a first look and for continuous integration.
+quickstart-short: .venv/installed
+	$(BIN)/python plans/digits.py data/digits
+	$(LAUNCH) train.py plans/quickstart.yaml --out runs/quickstart-short --set stages.foundation.steps=60 \
+		--set stages.expose.steps=20 --set stages.refine.steps=20 --set evaluate.accuracy.samples=50
+
+test: .venv/installed-dev  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
+	$(BIN)/python -m stages.plan_docs
+
+# torch goes first and alone: its pin takes the CPU build where that is what the machine has, and nothing after it may choose another.
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs data

@@ -1,0 +1,213 @@
+"""Images: from bytes or a file to upright 8-bit RGB, from there to a tensor, and back."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+"""What is read, told by content, whatever the file is called. Others of Pillow's run programs or accept any bytes."""
+
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
+        *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
+        *(".heic", ".heif", ".jxl"),  # cannot be read: they stand here so that they are reported and not passed over
+    }
+)
+"""What the name of an image ends in, in lower case."""
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused before they are decoded: a small file can claim to be huge. Pillow warns from here on."""
+
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what sets the image upright. From 5 on, height and width change places."""
+
+# What Pillow 12.3 raised over 400,000 damaged files (RuntimeError: AVIF; IndexError: QOI; TypeError: TIFF), and what its
+# ImageFile takes for a broken header. Caught around Pillow's calls alone.
+_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, IndexError, TypeError, KeyError, EOFError, struct.error)
+
+
+class UnreadableImage(ValueError):
+    """An image cannot be read; the message is the reason."""
+
+
+def decode(data: bytes | Path) -> Image.Image:
+    """The image, mode RGB, upright, without metadata.
+
+    EXIF orientation is applied; 12- and 16-bit grey is scaled to 8 bits and rounded; float grey is read as 0 black to
+    1 white; what is transparent is laid on white; of an animation the first frame is taken. Colour profiles are not
+    applied. An orientation that a PNG carries behind its pixels is not seen. Raises UnreadableImage.
+    """
+    with _content(data) as file:
+        image, orientation = _opened(file)
+        with image:
+            try:
+                image.load()
+                colours = None if _is_deep_grey(image) else _to_rgb(image)
+            except _BROKEN as error:
+                raise UnreadableImage(f"broken {image.format} file: {_said(error)}") from error
+            if colours is None:
+                colours = _grey_to_rgb(image)
+    return colours.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else colours
+
+
+def header_size(data: bytes | Path) -> tuple[int, int]:
+    """(height, width) of the upright image in pixels, from its header; the rest may be bad. Raises UnreadableImage."""
+    with _content(data) as file:
+        image, orientation = _opened(file)
+        with image:
+            width, height = image.size
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the image to cover height x width pixels (Lanczos), and crop its centre; the image itself if it fits.
+
+    The part that will be seen is scaled and no more, so that a 1 x 4000 image needs no more memory than another.
+    Raises ValueError for a size below 1.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"{height} x {width} pixels asked; both must be at least 1")
+    if image.size == (width, height):
+        return image
+    if image.width == width or image.height == height:
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        if left >= 0 and top >= 0:  # one side agrees and the other is long enough: nothing to scale
+            return image.crop((left, top, left + width, top + height))
+    scale = max(height / image.height, width / image.width)
+    seen_width, seen_height = min(width / scale, image.width), min(height / scale, image.height)
+    left_edge, top_edge = (image.width - seen_width) / 2, (image.height - seen_height) / 2
+    box = (left_edge, top_edge, left_edge + seen_width, top_edge + seen_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The RGB image as float32 [3, H, W] in [-1, 1]. Raises ValueError for another mode."""
+    if image.mode != "RGB":
+        raise ValueError(f"an image of mode RGB is needed, this one is {image.mode}")
+    values = torch.from_numpy(np.array(image))
+    return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
+
+
+def from_tensor(tensor: torch.Tensor) -> Image.Image:
+    """The RGB image of a tensor [3, H, W] in [-1, 1]: the inverse of `to_tensor`.
+
+    Values outside are clipped, not-a-number is black. Raises ValueError for another shape.
+    """
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ValueError(f"a tensor [3, H, W] is needed, this one is {list(tensor.shape)}")
+    values = tensor.detach().to("cpu", torch.float32).nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
+    pixels = ((values + 1.0) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _content(data: bytes | Path) -> BinaryIO:
+    """The content as an open file. Raises UnreadableImage."""
+    if isinstance(data, bytes):
+        file: BinaryIO = io.BytesIO(data)
+        size = len(data)
+    else:
+        try:
+            file = data.open("rb")
+        except OSError as error:
+            raise UnreadableImage(_said(error)) from error
+        size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        file.close()
+        raise UnreadableImage("the file is empty")
+    return file
+
+
+def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
+    """The image with its header read, and its EXIF orientation (1 is upright). Raises UnreadableImage."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+            raise UnreadableImage("a HEIC file, which cannot be read; save it as JPEG or PNG") from error
+        raise UnreadableImage(f"not an image, or its header is broken (read are {', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(f"{_said(error)}; at most {MAX_PIXELS:,} pixels are read; scale it down") from error
+    except _BROKEN as error:
+        raise UnreadableImage(f"broken header: {_said(error)}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} pixels are read; scale it down")
+    try:
+        # Not image.getexif(): PngImageFile's (Pillow 12.3) decodes all pixels where the header has no EXIF.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except _BROKEN:
+        orientation = 1  # EXIF that cannot be read says nothing about the pixels, and viewers show them as they are
+    return image, orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image's pixels in mode RGB, before orientation. Raises what Pillow raises."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        colours = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    else:
+        colours = image.convert("RGB")
+    colours.info.clear()  # with EXIF in it, a copy saved later could be turned a second time
+    return colours
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits, which Pillow's convert would clip."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as RGB of 8. Raises UnreadableImage where the file does not say which value is white."""
+    values = np.asarray(image)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode == "F" and image.format == "TIFF":
+        low, high = float(values.min()), float(values.max())
+        if not (-0.01 <= low and high <= 1.01):  # not-a-number fails this too
+            raise UnreadableImage(
+                f"float pixels from {low:g} to {high:g}; allowed is 0 (black) to 1 (white); save as 8 or 16 bits"
+            )
+        grey = np.clip(values.astype(np.float64), 0.0, 1.0)
+    elif image.mode.startswith("I;16"):
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        grey = values.astype(np.float64) / (2 ** int(bits[0]) - 1)
+    elif image.mode == "I" and image.format == "PPM":
+        grey = values.astype(np.float64) / 65535.0  # Pillow has scaled the file's own maximum to this
+    else:
+        raise UnreadableImage(
+            f"{image.format} with pixels of mode {image.mode}: nothing says which value is white; save as 8 or 16 bits"
+        )
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits, but not these
+        grey = 1.0 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a PNG's one transparent grey
+        grey = np.where(values == transparent, 1.0, grey)
+    pixels: NDArray[np.uint8] = np.rint(grey * 255.0).astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, without the errno and path that OSErrors carry."""
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__

@@ -1,0 +1,68 @@
+"""Shares: from what a plan says of a mix to the weight of each source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import gcd, lcm
+from typing import Literal, Protocol
+
+LARGEST_TOTAL = 2**31 - 1  # so that (position mod total) x weight stays inside 64 bits
+
+
+class Exponent(Protocol):
+    """Shares by size to a power."""
+
+    @property
+    def power(self) -> float:
+        """In [0, 1]: 1 is by size, 0 gives every source the same share."""
+
+
+Mix = Literal["natural"] | Exponent | Mapping[str, float]
+
+
+def weights(mix: Mix, sizes: Mapping[str, int]) -> dict[str, Fraction]:
+    """Exact, unnormalised weights of the sources that are drawn, in the order of `sizes`; those with weight 0 are left out.
+
+    sizes: training rows of every source. Decimal shares are taken as written: 0.1 is one tenth.
+    Raises ValueError if a named source does not exist, or if a drawn source has no rows, or if nothing is drawn.
+    """
+    if isinstance(mix, str):
+        asked = {name: Fraction(size) for name, size in sizes.items()}
+    elif isinstance(mix, Mapping):
+        unknown = [name for name in mix if name not in sizes]
+        if unknown:
+            raise ValueError(f"no source '{unknown[0]}' (sources: {', '.join(sizes)})")
+        asked = {name: Fraction(repr(mix[name])) for name in sizes if name in mix}
+    else:
+        asked = {name: Fraction(repr(float(size) ** mix.power)) if size else Fraction(0) for name, size in sizes.items()}
+    drawn = {name: weight for name, weight in asked.items() if weight > 0}
+    if not drawn:
+        raise ValueError("the mix draws nothing: every share is 0")
+    empty = [name for name in drawn if sizes[name] < 1]
+    if empty:
+        raise ValueError(f"source '{empty[0]}' has no rows to train on")
+    return drawn
+
+
+def shares(mix: Mix, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Shares in (0, 1] that sum to 1, of the sources that are drawn. Errors as `weights`."""
+    asked = weights(mix, sizes)
+    total = sum(asked.values())
+    return {name: float(weight / total) for name, weight in asked.items()}
+
+
+def integers(asked: Mapping[str, Fraction]) -> dict[str, int]:
+    """The same weights as whole numbers with no common factor and a sum of at most 2**31 - 1.
+
+    Exact where that is possible; otherwise rounded, each to within half of a 2**31st of the whole, and never to 0.
+    """
+    scale = lcm(*(weight.denominator for weight in asked.values()))
+    whole = {name: int(weight * scale) for name, weight in asked.items()}
+    common = gcd(*whole.values())
+    whole = {name: weight // common for name, weight in whole.items()}
+    total = sum(whole.values())
+    if total > LARGEST_TOTAL:
+        room = LARGEST_TOTAL - len(whole)
+        whole = {name: max(1, (weight * room + total // 2) // total) for name, weight in whole.items()}
+    return whole

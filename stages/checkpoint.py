@@ -1,0 +1,145 @@
+"""Checkpoints: folders that appear whole or not at all, are recognised by their hashes, and hold only safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found as they were written."""
+
+    folder: Path
+    step: int
+    state: Mapping[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether it holds tensors of this name."""
+        return (self.folder / f"{name}.safetensors").exists()
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def file(self, name: str) -> Path:
+        """The file of the tensors of this name."""
+        return self.folder / f"{name}.safetensors"
+
+
+def step_folder(stage_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return stage_folder / f"step-{step:06d}"
+
+
+def write_checkpoint(stage_folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> int:
+    """Write a checkpoint beside its place, sync it, and rename it into view; return its size in bytes.
+
+    A checkpoint that already stands there is replaced. Raises OSError, leaving nothing in view, where the disk is full.
+    """
+    place = step_folder(stage_folder, step)
+    partial = stage_folder / f".{place.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, values in tensors.items():
+        save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
+    (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
+    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
+    for name in files:
+        sync(partial / name)
+    (partial / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+    sync(partial / _MANIFEST)
+    sync(partial)
+    if place.exists():
+        old = stage_folder / f".{place.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)
+        partial.rename(place)
+        shutil.rmtree(old)
+    else:
+        partial.rename(place)
+    sync(stage_folder)
+    return sum(int(entry["bytes"]) for entry in files.values())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, checked against its manifest. Raises ValueError, saying what is wrong, if it is torn, edited, foreign or of another format."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{folder}: written in format {manifest['format']}, this version reads {FORMAT}")
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name:
+                raise ValueError(f"{folder}: its manifest names '{name}', which is no file of its own")
+            path = folder / name
+            if not path.is_file():
+                raise ValueError(f"{folder}: {name} is missing")
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                raise ValueError(f"{folder}: {name} is not what was written (its hash differs)")
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return Checkpoint(folder, int(state["step"]), state)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {Path(error.filename).name} is missing; it was not finished") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder}: its manifest or state cannot be read ({error})") from None
+
+
+def newest_checkpoint(stage_folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of the highest step that is whole, or None; each one that is passed over is named through `say`."""
+    for folder in sorted(_steps(stage_folder), key=lambda path: int(path.name[5:]), reverse=True):
+        try:
+            return read_checkpoint(folder)
+        except ValueError as error:
+            say(f"skipping a checkpoint: {error}")
+    return None
+
+
+def keep_newest(stage_folder: Path, number: int) -> None:
+    """Delete all but the newest checkpoints of a stage, and what a killed process left half-written."""
+    for folder in sorted(_steps(stage_folder), key=lambda path: int(path.name[5:]), reverse=True)[number:]:
+        shutil.rmtree(folder)
+    for leftover in stage_folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or as it was before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _steps(stage_folder: Path) -> list[Path]:
+    return [path for path in stage_folder.glob("step-*") if path.name.removeprefix("step-").isdigit()] if stage_folder.is_dir() else []
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""Flux (dev, schnell, Kontext): rectified flow over packed 2 x 2 latent patches; references are further tokens, as in Flux Kontext.
+
+Works with any folder that diffusers' FluxPipeline reads. A folder whose VAE is null trains on pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stages.families.base import Text, TextCache
+
+# Full module names, matched whole. Attention of both streams, feed-forward of both, and the modulation that DiffSynth's EliGen recipe trains too.
+_ATTENTION = (
+    r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+)
+_FEED_FORWARD = (
+    r"transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",
+    r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)",
+)
+_MODULATION = (r"(single_)?transformer_blocks\.\d+\.(norm|norm1|norm1_context)\.linear",)
+
+
+class Flux:
+    """A Flux model without its transformer. Implements `stages.families.base.Family`."""
+
+    name = "flux"
+    target_patterns: Mapping[str, tuple[str, ...]] = {
+        "attention": _ATTENTION,
+        "blocks": _ATTENTION + _FEED_FORWARD,
+        "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
+    }
+
+    def __init__(self, repo: str, revision: str | None, guidance: float | None, device: torch.device) -> None:
+        """repo, revision: a Hub id or folder. guidance: what a guidance-distilled transformer is told; 1.0 if None."""
+        self.repo, self.revision, self.device = repo, revision, device
+        encoder = torch.float32 if device.type == "cpu" else torch.bfloat16
+        kept = {} if (config := FluxPipeline.load_config(repo, revision=revision)).get("vae", [None])[0] else {"vae": None}
+        self.pipeline = FluxPipeline.from_pretrained(repo, revision=revision, transformer=None, torch_dtype=encoder, **kept)
+        self.pipeline_class = str(config["_class_name"])
+        self.vae: AutoencoderKL | None = self.pipeline.vae
+        if self.vae is not None:
+            self.vae.to(device, torch.float32)
+        for encoder_module in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            encoder_module.requires_grad_(False).to(device)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        self.factor, self.pixel_multiple = factor, 2 * factor
+        # FluxPipeline asks for 512 T5 tokens unless told otherwise; a tokenizer that allows fewer says so itself.
+        self.text_tokens = min(512, int(self.pipeline.tokenizer_2.model_max_length))
+        transformer = FluxTransformer2DModel.load_config(repo, subfolder="transformer", revision=revision)
+        self.guidance = (guidance if guidance is not None else 1.0) if transformer.get("guidance_embeds") else None
+        self._texts = TextCache()
+
+    def load_transformer(self, storage: torch.dtype, weights: Path | None) -> nn.Module:
+        """A frozen transformer in evaluation mode, stored in `storage`, from the model's folder or with the weights of a safetensors file."""
+        if weights is None:
+            model = FluxTransformer2DModel.from_pretrained(self.repo, subfolder="transformer", revision=self.revision, torch_dtype=storage)
+        else:
+            config = FluxTransformer2DModel.load_config(self.repo, subfolder="transformer", revision=self.revision)
+            model = FluxTransformer2DModel.from_config(config).to(storage)
+            model.load_state_dict(load_file(weights))
+        module: nn.Module = model.requires_grad_(False).eval().to(self.device)
+        return module
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The mode of the VAE's distribution, shifted and scaled, [B, C, H / f, W / f]; the images themselves in pixel space."""
+        images = images.to(self.device, torch.float32)
+        if self.vae is None:
+            return images
+        mode: Tensor = self.vae.encode(images).latent_dist.mode()
+        return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The inverse, clipped to [-1, 1]."""
+        if self.vae is None:
+            return latents.float().clamp(-1, 1)
+        decoded: Tensor = self.vae.decode(latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
+        return decoded.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """T5's tokens [B, L, D] and CLIP's pooled vector [B, P]."""
+        return self._texts.encode(prompts, self._encode)
+
+    def _encode(self, prompts: Sequence[str]) -> Text:
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_tokens)
+        return Text(embeds, pooled)
+
+    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
+        """The predicted velocity, float32 [B, C, h, w]. Reference k's tokens follow the target's and carry k as first position id."""
+        batch, channels, height, width = noised.shape
+        images = [noised, *references]
+        hidden = torch.cat([_pack(image) for image in images], dim=1)
+        positions = torch.cat([_positions(number, image.shape[2] // 2, image.shape[3] // 2, noised.device) for number, image in enumerate(images)])
+        out = transformer(
+            hidden_states=hidden,
+            timestep=t,
+            guidance=None if self.guidance is None else torch.full_like(t, self.guidance),
+            pooled_projections=text.pooled.float(),
+            encoder_hidden_states=text.embeds.float(),
+            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=noised.device),
+            img_ids=positions,
+            return_dict=False,
+        )[0]
+        own = out[:, : (height // 2) * (width // 2)].float()
+        unpacked: Tensor = own.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        return unpacked
+
+    def seen_timestep(self, t: Tensor, compute: torch.dtype) -> Tensor:
+        """FluxTransformer2DModel computes t x 1000 in its activations' dtype (diffusers 0.42.1): in bf16 a thousand timesteps become 500."""
+        return t if compute == torch.float32 else (t.to(compute) * 1000).float() / 1000
+
+    def tokens(self, height: int, width: int) -> int:
+        """A token is 2 x 2 latents."""
+        return (height // self.pixel_multiple) * (width // self.pixel_multiple)
+
+    def shift(self, tokens: int) -> float:
+        """exp(mu) where the scheduler shifts by the number of tokens (dev, Kontext), else its fixed shift (schnell: 1)."""
+        config = self.pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        return float(torch.exp(torch.tensor(self._mu(tokens), dtype=torch.float64)))
+
+    def _mu(self, tokens: int) -> float:
+        config = self.pipeline.scheduler.config
+        return float(calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift))
+
+    def sigmas(self, steps: int, tokens: int) -> Tensor:
+        """As FluxPipeline: evenly from 1 to 1 / steps, then shifted by its scheduler."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), mu=self._mu(tokens))
+        sigmas: Tensor = scheduler.sigmas
+        return sigmas.to(self.device, torch.float32)
+
+    def stock_pipeline(self, transformer: nn.Module) -> Any:
+        """FluxPipeline or FluxKontextPipeline, as model_index.json says, around a transformer."""
+        return getattr(diffusers, self.pipeline_class)(**{**self.pipeline.components, "transformer": transformer})
+
+    def save_model(self, folder: Path, transformer: nn.Module) -> None:
+        """The whole pipeline with this transformer in the place of its own, as a diffusers folder."""
+        self.pipeline.register_modules(transformer=transformer)
+        self.pipeline.save_pretrained(folder)
+        self.pipeline.register_modules(transformer=None)
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] to [B, h/2 x w/2, 4 C]: each token is a 2 x 2 patch."""
+    batch, channels, height, width = latents.shape
+    return latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def _positions(number: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids float32 [height x width, 3]: which image, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.full_like(rows, number), rows, columns], dim=-1).reshape(-1, 3).to(device, torch.float32)

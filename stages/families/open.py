@@ -1,0 +1,46 @@
+"""Open a model: find its family and load everything but the transformer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stages.families import FAMILIES
+from stages.families.base import Family
+from stages.families.flux import Flux
+from stages.plan import Model
+
+_OPEN: Mapping[str, Callable[[str, str | None, float | None, torch.device], Family]] = {"flux": Flux}
+
+
+class ModelError(ValueError):
+    """The plan's model cannot be trained."""
+
+
+def open_family(model: str | Model, device: torch.device) -> Family:
+    """The model's family, its frozen parts on `device`. Raises ModelError if Medley does not know the pipeline's class."""
+    settings = model if isinstance(model, Model) else Model(repo=model)
+    name = str(DiffusionPipeline.load_config(settings.repo, revision=settings.revision)["_class_name"])
+    if name not in FAMILIES:
+        raise ModelError(f"{settings.repo} is a {name}; Medley trains {', '.join(sorted(FAMILIES))}")
+    return _OPEN[FAMILIES[name]](settings.repo, settings.revision, settings.guidance, device)
+
+
+def fingerprint(model: str | Model) -> str:
+    """What a model is told apart by: of a folder, the names and sizes of its files and the bytes of those below 64 MiB; of a Hub id, id and revision."""
+    settings = model if isinstance(model, Model) else Model(repo=model)
+    folder = Path(settings.repo)
+    if not folder.is_dir():
+        return f"{settings.repo}@{settings.revision or 'main'}"
+    digest = sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
+        if size < 64 * 2**20:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

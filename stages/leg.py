@@ -1,0 +1,469 @@
+"""A leg: one stage under way. Its model, optimizer and counts, and the duties around the loop in train.py: log, evaluate, save, finish."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, reduce
+from rich.table import Table
+from torch import Tensor, nn
+
+from mixing.keys import key
+from mixing.mixture import MicroBatch, StageMixture
+from stages.adapter import adapter_weights, load_adapter_weights, lora_layers
+from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
+from stages.evaluate import Measured, evaluate
+from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, stage_changes
+from stages.ledger import ledger_entry
+from stages.objectives.flow import Density
+from stages.optim import Average, load_optimizer_state, make_optimizer, optimizer_state
+from stages.plan import Stage, resolved_batch, resolved_rate, resolved_storage
+from stages.precision import Multiplied, StagePrecision
+from stages.reader import PlanError
+from stages.report import write_report
+from stages.run import Run
+from stages.sampling import previews, sheet
+
+_MOST_BAD = 0.01
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: what was measured is not what the plan asks for, or is no number."""
+
+
+@dataclass
+class Window:
+    """What has been counted on this process since the last line of the log."""
+
+    began: float
+    waited: float = 0.0
+    steps: int = 0
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Leg:
+    """One stage under way."""
+
+    run: Run
+    index: int
+    stage: Stage
+    mixture: StageMixture
+    precision: StagePrecision
+    density: Density
+    model: nn.Module
+    wrapped: nn.Module
+    """The model as accelerate prepared it: inside DDP where there are several processes."""
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    key: int
+    """Of (seed, stage): noise and timesteps are derived from it and the image's number."""
+    step: int
+    """Steps made."""
+    images: dict[str, int]
+    """Images of each source counted on this process; on the main one, with those from before a restart."""
+    bad: dict[str, dict[str, str]]
+    """Rows that turned out unreadable: source to key to reason."""
+    seconds_before: float
+    began: float
+    window: Window
+    base: Measured
+    start: Measured | None
+    first_step: int
+    multiplied: str | None = None
+    """What the first micro-batch was multiplied in; None until it was measured."""
+    rows: list[tuple[int, str, str]] = field(default_factory=list)
+    """Micro-batch, source and key of the images of the step under way."""
+    named_rows: set[tuple[str, str]] = field(default_factory=set)
+    """Unreadable rows that were warned of."""
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time that the loop waits for data."""
+        began = time.monotonic()
+        yield
+        self.window.waited += time.monotonic() - began
+
+    def noise_keys(self, batch: MicroBatch) -> list[int]:
+        """What each image's noise is derived from."""
+        return [key(self.key, "noise", position) for position in batch.positions]
+
+    def check_multiplied(self, watch: Multiplied) -> None:
+        """Compare the dtype of the matrix products that were made with the plan's. Raises TrainingError if they differ."""
+        self.multiplied = watch.verdict()
+        if self.multiplied != self.stage.precision:
+            raise TrainingError(f"stage '{self.stage.name}' asks for precision {self.stage.precision}, and its products were made in {dict(watch.dtypes)}")
+
+    def check_gradients(self) -> None:
+        """After the first step of this launch: every trainable parameter must have a gradient. Raises TrainingError naming those that have none."""
+        if self.step == self.first_step and (missing := [name for name, parameter in self.trainable.items() if parameter.grad is None]):
+            raise TrainingError(f"stage '{self.stage.name}': {len(missing)} of {len(self.trainable)} trainable weights got no gradient, such as {missing[0]}; take them out of `train` or `adapter.targets`")
+
+    def count(self, batch: MicroBatch, losses: Tensor) -> None:
+        """Count what a micro-batch brought. losses: of each image, float32 [B]."""
+        for place, source in enumerate(batch.sources):
+            self.images[source] = self.images.get(source, 0) + 1
+            self.window.images[source] = self.window.images.get(source, 0) + 1
+            self.window.losses[source] = self.window.losses.get(source, losses.new_zeros(())) + losses[place]
+        self.rows += [(batch.micro, source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]
+        for row in batch.bad:
+            self.bad.setdefault(row.source, {})[row.key] = row.reason
+
+    def stepped(self) -> None:
+        """A step was made: count it, average the weights, write the trace."""
+        if self.average:
+            self.average.update(self.trainable)
+        self.step += 1
+        self.window.steps += 1
+        if self.run.tracing:
+            rows = gather_object(self.rows) if self.run.accelerator.num_processes > 1 else self.rows
+            if self.run.trace:
+                self.run.trace.write(self.stage.name, self.step - 1, sorted(rows, key=lambda row: row[0]))
+        self.rows = []
+
+    def log_step(self, learning_rate: float, norm: Tensor) -> None:
+        """One line in metrics.jsonl and on the console, from all processes' counts. Raises TrainingError if the loss is no number."""
+        run, names = self.run, list(self.mixture.asked)
+        device = run.accelerator.device
+        sums = torch.stack([self.window.losses.get(name, torch.zeros((), device=device)).double() for name in names])
+        counts = torch.tensor([[self.window.images.get(name, 0), self.images.get(name, 0)] for name in names], dtype=torch.float64, device=device)
+        numbers = reduce(torch.cat([sums[:, None], counts], dim=1), reduction="sum").tolist() if run.accelerator.num_processes > 1 else torch.cat([sums[:, None], counts], dim=1).tolist()
+        total, images = sum(row[0] for row in numbers), sum(row[1] for row in numbers)
+        if not math.isfinite(total):
+            raise TrainingError(f"stage '{self.stage.name}': the loss is {total} since a step at or before {self.step}; the last checkpoint stands. Lower the rate, or choose another precision")
+        seconds = time.monotonic() - self.window.began
+        record: dict[str, Any] = {
+            "event": "step",
+            "stage": self.stage.name,
+            "step": self.step,
+            "loss": total / images,
+            "lr": learning_rate,
+            "grad_norm": float(norm),
+            "images_per_second": images / seconds,
+            "data_wait": self.window.waited / seconds,
+            "multiplied_in": self.multiplied,
+            "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
+            "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
+        }
+        if self.stage.precision == "fp16":
+            record["loss_scale"] = self.precision.scaler.get_scale()
+        if device.type == "cuda":
+            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        run.log.write(record)
+        tracked = {name: record[name] for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait")}
+        run.log.track({**tracked, "stage": self.index + 1, **{f"loss/{name}": loss for name, loss in record["losses"].items()}}, run.steps_before(self.index) + self.step)
+        left = (self.stage.steps - self.step) * seconds / self.window.steps
+        run.log.say(
+            f"[bold]{self.stage.name}[/bold] {self.step:>{len(str(self.stage.steps))}}/{self.stage.steps}  loss {record['loss']:.4f}  lr {learning_rate:.2e}  "
+            f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
+        )
+        self.window = Window(time.monotonic())
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Share among the processes which rows could not be read. Raises PlanError if a source has more of them than its plan lets pass."""
+        if self.run.accelerator.num_processes > 1:
+            for source, row, reason in gather_object([(source, row, reason) for source, rows in self.bad.items() for row, reason in rows.items()]):
+                self.bad.setdefault(source, {})[row] = reason
+        for name, rows in self.bad.items():
+            source = self.run.selections[name].source
+            for row, reason in rows.items():
+                if (name, row) not in self.named_rows:
+                    self.named_rows.add((name, row))
+                    self.run.log.warn(f"source '{name}': {row}: {reason}; another row stands in its place", self.stage.name, self.step)
+            number, of = len(rows) + len(source.bad), len(source) + len(source.bad)
+            if self.run.plan.sources[name].on_bad_row == "stop" or number > _MOST_BAD * of:
+                raise PlanError.at(f"sources.{name}", f"{number} of {of} rows cannot be read, such as {next(iter(rows))}: {next(iter(rows.values()))}; repair or remove them")
+
+    @contextmanager
+    def averaged(self) -> Iterator[str]:
+        """Inside, the model holds its moving average where it has one; gives the word for what it holds."""
+        if not self.average:
+            yield "raw"
+            return
+        self.average.swap(self.trainable)
+        try:
+            yield "ema"
+        finally:
+            self.average.swap(self.trainable)
+
+    def evaluate(self, kind: str) -> Measured:
+        """Measure the held-out rows and log them. kind: start, during or end."""
+        began = time.monotonic()
+        run = self.run
+        with self.averaged() as weights:
+            measured = evaluate(
+                run.family, self.model, run.selections, resolution=self.stage.resolution, precision=self.precision, seed=run.plan.seed, accelerator=run.accelerator
+            )
+        summary = measured.summary(self.base, self.start)
+        run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
+        run.log.track({f"held_out/{name}": entry["loss"] for name, entry in summary.items()}, run.steps_before(self.index) + self.step)
+        if kind != "start":
+            words = []
+            for name, entry in summary.items():
+                change, error = entry.get("since_start"), entry.get("since_start_error")
+                words.append(f"{name} {entry['loss']:.4f}" + ("" if change is None else f" ({change:+.4f} ± {error:.4f})"))
+            run.log.say(f"  held-out loss: {', '.join(words)}")
+        self.window.began += time.monotonic() - began  # it is no time of training
+        return measured
+
+    def save(self, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint of everything that resuming needs; every process takes part, the main one writes."""
+        run, stage = self.run, self.stage
+        names = list(self.mixture.asked)
+        counted = torch.tensor([self.images.get(name, 0) for name in names], dtype=torch.int64, device=run.accelerator.device)
+        counted = reduce(counted, reduction="sum") if run.accelerator.num_processes > 1 else counted
+        self.check_rows()
+        if run.accelerator.is_main_process:
+            images = dict(zip(names, (int(count) for count in counted.tolist()), strict=True))
+            folder = run.stage_folder(self.index)
+            place = step_folder(folder, self.step)
+            tokens = run.family.tokens(stage.resolution, stage.resolution)
+            entry = ledger_entry(self.mixture, stage.name, self.step, images, tokens, {name: len(rows) for name, rows in self.bad.items()})
+            run.log.write({"event": "save", "stage": stage.name, "step": self.step, "folder": str(place.relative_to(run.folder))})
+            drawn: dict[str, dict[str, int]] = {}
+            for (source, signature), count in {**run.drawn_before(), **self.mixture.drawn_after(self.step)}.items():
+                drawn.setdefault(source, {})[signature] = count
+            base = run.baton.base
+            state = {
+                "stage": stage.name,
+                "index": self.index,
+                "finished": finished,
+                "plan": run.recorded(stage),
+                "base": None if base is None or stage.train == "full" else os.path.relpath(base, place),
+                "scaler": self.precision.scaler.state_dict(),
+                "ema_updates": self.average.updates if self.average else None,
+                "images": images,
+                "bad": self.bad,
+                "drawn": drawn,
+                "ledger": entry,
+                "seconds": self.seconds_before + time.monotonic() - self.began,
+                "processes": run.accelerator.num_processes,
+                "metrics_bytes": run.log.size(),
+                "trace_bytes": run.trace.size() if run.trace else 0,
+            }
+            tensors = {"optimizer": optimizer_state(self.optimizer, self.trainable)}
+            if stage.train == "full":
+                tensors["transformer"] = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+            else:
+                tensors["adapter"] = adapter_weights(self.model)
+            if self.average:
+                tensors["ema"] = {name: value.cpu() for name, value in self.average.values.items()}
+            if probed is not None:
+                tensors["probe"] = probed
+            write_checkpoint(folder, self.step, tensors, state)
+            keep_newest(folder, 1 if finished else run.plan.keep)
+            write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
+        run.accelerator.wait_for_everyone()
+
+    def finish(self) -> Checkpoint:
+        """The stage's last duties: evaluate, sample, save, report, and let go of the model. Returns the last checkpoint."""
+        run, stage, plan = self.run, self.stage, self.run.plan
+        self.evaluate("end")
+        with self.averaged():
+            if plan.previews.rows:
+                shown = previews(
+                    run.family,
+                    self.model,
+                    run.selections,
+                    rows=plan.previews.rows,
+                    steps=plan.previews.steps,
+                    resolution=stage.resolution,
+                    precision=self.precision,
+                    seed=plan.seed,
+                    accelerator=run.accelerator,
+                )
+                if run.accelerator.is_main_process and shown:
+                    file = run.folder / "previews" / f"{self.index + 1}-{stage.name}.png"
+                    file.parent.mkdir(exist_ok=True)
+                    sheet(shown).save(file)
+                    run.log.write({"event": "preview", "stage": stage.name, "step": self.step, "file": str(file.relative_to(run.folder))})
+            judged = run.judged(self.model, stage, self.precision)
+        if judged and plan.evaluate.accuracy:
+            untrained = run.base(stage)[2]
+            record = {"event": "accuracy", "stage": stage.name, "step": self.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": untrained}
+            run.log.write(record)
+            run.log.say(
+                f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
+                f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
+            )
+        probed = probe(run.family, self.model, probe_batches(run.selections, stage.resolution), self.precision, plan.seed)
+        run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3)})
+        self.save(finished=True, probed=probed)
+        if run.accelerator.is_main_process:
+            write_report(run.folder)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.free_memory()
+        return read_checkpoint(step_folder(run.stage_folder(self.index), stage.steps))
+
+
+def stage_event(leg: Leg) -> dict[str, Any]:
+    """What metrics.jsonl says of a stage at its start and end."""
+    stage, order = leg.stage, leg.mixture.order
+    return {
+        "event": "stage",
+        "index": leg.index,
+        "stage": stage.name,
+        "steps": stage.steps,
+        "images": order.images,
+        "micro": order.micro,
+        "resolution": stage.resolution,
+        "precision": stage.precision,
+        "base": resolved_storage(stage),
+        "train": stage.train,
+        "trainable": sum(parameter.numel() for parameter in leg.trainable.values()),
+        "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),
+        "mix": leg.mixture.asked,
+        "tokens_per_step": order.images * leg.run.family.tokens(stage.resolution, stage.resolution),
+    }
+
+
+def open_leg(run: Run, index: int, stage: Stage) -> Leg:
+    """Build a stage from what the last one handed on, or from its own newest checkpoint. Raises PlanError where plan, data and model do not fit."""
+    device, place = run.accelerator.device, f"stages[{index}]"
+    sizes, checkpoint = resolved_batch(stage), run.checkpoints[index]
+    assert sizes.micro is not None
+    try:
+        mixture = StageMixture(
+            run.selections,
+            mix=stage.mix,
+            seed=run.plan.seed,
+            stage=stage.name,
+            resolution=stage.resolution,
+            images=sizes.images,
+            micro=sizes.micro,
+            drawn_before=run.drawn_before(),
+        )
+        base, base_outputs, _ = run.base(stage)
+        baton = run.baton
+        if checkpoint and stage.train == "full":
+            baton = type(baton)(checkpoint.file("transformer"), None, stage.name)
+        model, trainable = build_model(run.family, run.plan, stage, place, baton)
+        if checkpoint and stage.train != "full":
+            load_adapter_weights(model, checkpoint.tensors("adapter"), str(checkpoint.folder))
+    except ValueError as error:
+        raise PlanError.at(place, str(error)) from None
+    precision = StagePrecision(stage.precision, device)
+    average = Average(trainable, stage.ema) if stage.ema is not None else None
+    optimizer = make_optimizer(trainable, stage.optimizer)
+    if checkpoint:
+        load_optimizer_state(optimizer, trainable, checkpoint.tensors("optimizer"))
+        if average:
+            average.values = {name: value.to(device) for name, value in checkpoint.tensors("ema").items()}
+            average.updates = int(checkpoint.state["ema_updates"])
+        if precision.mode == "fp16":
+            precision.scaler.load_state_dict(checkpoint.state["scaler"])
+    kept: list[str] = []
+    if run.last and not checkpoint:
+        kept = _keep(run.last, stage, optimizer, trainable, average)
+    shift = stage.timesteps.shift
+    tokens = run.family.tokens(stage.resolution, stage.resolution)
+    leg = Leg(
+        run=run,
+        index=index,
+        stage=stage,
+        mixture=mixture,
+        precision=precision,
+        density=Density(
+            stage.timesteps.density,
+            stage.timesteps.mean,
+            stage.timesteps.std,
+            run.family.shift(tokens) if shift == "auto" else 1.0 if shift == "none" else shift,
+        ),
+        model=model,
+        wrapped=run.accelerator.prepare_model(model),
+        trainable=trainable,
+        optimizer=optimizer,
+        average=average,
+        key=key(run.plan.seed, "stage", stage.name),
+        step=checkpoint.step if checkpoint else 0,
+        first_step=checkpoint.step if checkpoint else 0,
+        images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
+        bad={name: dict(rows) for name, rows in checkpoint.state["bad"].items()} if checkpoint else {},
+        seconds_before=float(checkpoint.state["seconds"]) if checkpoint else 0.0,
+        began=time.monotonic(),
+        window=Window(time.monotonic()),
+        base=base,
+        start=None,
+    )
+    started = run.folder / "evaluations" / f"{index + 1}-{stage.name}-start.json"
+    if checkpoint:
+        leg.start = Measured.load(started)
+    else:
+        show_stage(leg)
+        run.log.write({**stage_event(leg), "state": "start"})
+        if run.last:
+            measure_handoff(leg, kept, base_outputs)
+        leg.start = leg.evaluate("start")
+        if run.accelerator.is_main_process:
+            leg.start.save(started)
+    leg.window = Window(time.monotonic())
+    return leg
+
+
+def _keep(last: Checkpoint, stage: Stage, optimizer: torch.optim.Optimizer, trainable: dict[str, nn.Parameter], average: Average | None) -> list[str]:
+    """Carry over what `handoff` asks for; returns what was kept, for the log. Raises ValueError if nothing that was asked for could be."""
+    kept = ["weights"]
+    if stage.handoff.optimizer != "reset":
+        fresh = load_optimizer_state(optimizer, trainable, last.tensors("optimizer"), zero_first=stage.handoff.optimizer == "keep_v")
+        if len(fresh) == len(trainable):
+            raise PlanError.at(f"stages.{stage.name}.handoff.optimizer", f"'{stage.handoff.optimizer}' finds no state: stage '{last.state['stage']}' trained other weights; write 'reset'")
+        kept.append(f"optimizer of {len(trainable) - len(fresh)} of {len(trainable)} weights ({stage.handoff.optimizer})")
+    if stage.handoff.ema == "keep" and average:
+        saved = last.tensors("ema") if last.has("ema") else {}
+        agreeing = [name for name, value in average.values.items() if name in saved and saved[name].shape == value.shape]
+        for name in agreeing:
+            average.values[name].copy_(saved[name])
+        kept.append(f"average of {len(agreeing)} weights")
+    return kept
+
+
+def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) -> None:
+    """Compare the new stage's model with what the last one gave on fixed inputs. Raises TrainingError if it must be the same and is not."""
+    run, last = leg.run, leg.run.last
+    assert last is not None
+    before = run.plan.stages[int(last.state["index"])]
+    cause = cause_of_change(before, leg.stage)
+    old = last.tensors("probe")
+    outputs = probe(run.family, leg.model, probe_batches(run.selections, before.resolution), leg.precision, run.plan.seed)
+    base = run.base(before)[1] if before.resolution != leg.stage.resolution else base_outputs
+    delta = deltas(outputs, old, base)
+    run.log.write(
+        {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
+    )
+    largest = max(delta.values())
+    run.log.say(f"  handed on from '{before.name}': {', '.join(kept)}; the function changed by {largest:.1e} of what was learnt" + (f" ({cause})" if cause else ""))
+    if cause is None and leg.stage.precision == "fp32" and not largest <= EXACT:
+        raise TrainingError(f"handoff from '{before.name}' to '{leg.stage.name}': the function changed by {largest:.2e} of what was learnt, and nothing in the plan changes it (at most {EXACT:g})")
+
+
+def show_stage(leg: Leg) -> None:
+    """Print what a stage will do: its settings, what trains, and what each source gives."""
+    stage, order, run = leg.stage, leg.mixture.order, leg.run
+    rate = resolved_rate(stage)
+    trained = sum(parameter.numel() for parameter in leg.trainable.values())
+    what = f"the adapter, {len(lora_layers(leg.model))} layers" if stage.train == "adapter" else "every weight" if stage.train == "full" else f"{len(leg.trainable) // 2} layers of the adapter"
+    run.log.say("")
+    run.log.say(
+        f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {order.images} images at {stage.resolution} pixels, "
+        f"in {stage.precision} over a base in {resolved_storage(stage)}; trains {what} ({trained:,} numbers) at {rate.peak:g}, {rate.schedule}"
+    )
+    table = Table(box=None, pad_edge=True, header_style="dim")
+    for column in ("source", "rows", "share", "images", "epochs"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for name, share in leg.mixture.asked.items():
+        images = share * order.images * stage.steps
+        table.add_row(name, f"{run.selections[name].size:,}", f"{share:.1%}", f"{images:,.0f}", f"{images / run.selections[name].size:.1f}")
+    if run.log.main:
+        run.log.console.print(table)
+

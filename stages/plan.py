@@ -1,0 +1,291 @@
+"""The plan language: every word that may stand in a plan, on one screen, with what it means and its default.
+
+Nothing here imports torch. `stages.reader` turns YAML into a `Plan`, `stages.check` asks whether it can be carried out,
+and docs/plan.md and docs/plan.schema.json are generated from the docstrings below.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Task = Literal["text_to_image", "subject", "control", "edit", "other"]
+Role = Literal["target", "reference", "prompt"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Storage = Literal["fp32", "bf16"]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class _Word(BaseModel):
+    """What every part of a plan has in common: unknown fields are errors, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(_Word):
+    """The model that is trained: a diffusers pipeline, from the Hub or from a folder. Its family is read from model_index.json."""
+
+    repo: str
+    """A Hub id (`black-forest-labs/FLUX.1-dev`) or a folder in the diffusers layout, relative to where the command is typed."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. Pin a commit, and the run can be repeated."""
+    guidance: Positive | None = None
+    """The guidance that a guidance-distilled transformer is told while it trains (1.0 if left out). Refused for a model that takes none."""
+
+
+class Adapter(_Word):
+    """The LoRA that stages with `train: adapter` teach. Its weights and its optimizer's are float32, whatever the base is stored in."""
+
+    rank: Annotated[int, Field(strict=True, ge=1, le=4096)] = 16
+    """Rank r of every low-rank pair."""
+    alpha: Positive | None = None
+    """Scale: the pair's product is multiplied by alpha / rank. Left out, it is the rank."""
+    targets: Literal["attention", "blocks", "linear"] | list[str] = "blocks"
+    """Which linear layers get a pair: `attention`; `blocks` (attention and feed-forward of every block); `linear` (those, and the
+    blocks' modulation); or a list of patterns, each matched against a module's full name. A pattern that matches nothing is an error."""
+
+
+class Take(_Word):
+    """A cap on a source: train on this many of its rows and no others."""
+
+    count: Count
+    """How many rows."""
+    by: Literal["random", "first"] = "random"
+    """`random`: a keyed choice, the same in every epoch and every run with this seed. `first`: file order."""
+    seed: Seed = 0
+    """Seed of the random choice."""
+
+
+class Source(_Word):
+    """Rows of one kind from one place."""
+
+    path: str
+    """A folder of images with .txt captions; a folder with metadata.jsonl; a .jsonl file; one or more .parquet files
+    (`data/*.parquet`, `data-{000..063}.parquet`); or `hub/USER/DATASET`."""
+    task: Task = "text_to_image"
+    """What a row asks for. `text_to_image` uses prompt and target; the others use prompt, one or more references, and target."""
+    columns: dict[Role, str | list[str]] = Field(default_factory=dict)
+    """Which column plays which role, where the usual names (target: image, target, output_image; reference: reference, references,
+    input_images, source; prompt: prompt, text, caption, instruction) do not say. Several reference columns are given as a list."""
+    prompt: str | None = None
+    """The prompt of rows that have none of their own. Without it a row without a prompt is a bad row."""
+    split: str = "train"
+    """The split of a Hub dataset."""
+    take: Take | None = None
+    """Cap on the number of rows."""
+    on_bad_row: Literal["skip", "stop"] = "skip"
+    """What to do with a row that cannot be read: `skip` it, name it and count it, and stop once more than 1 % of the source is bad; or `stop` at the first."""
+
+
+
+class Batch(_Word):
+    """The images of one optimizer step, over all processes."""
+
+    images: Count
+    """Images per optimizer step."""
+    micro: Count | None = None
+    """Images per micro-batch, one forward and backward pass of one process; it divides `images`. Left out: the largest divisor of `images`
+    that is at most 4. The gradient does not depend on it; memory does. `images / micro` must be a multiple of the number of processes."""
+
+
+class LearningRate(_Word):
+    """The learning rate over a stage. Written as a bare number it is that number, constant after a warm-up of min(100, 5 % of the steps)."""
+
+    peak: Rate
+    """The rate after the warm-up."""
+    warmup: CountOrZero | None = None
+    """Steps of linear warm-up. Left out: min(100, 5 % of the steps)."""
+    warmup_from: Rate = 0.0
+    """The rate at step 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The way from `peak` to `floor`."""
+    floor: Rate | None = None
+    """The rate at the last step; left out, 0. Refused with `schedule: constant`."""
+
+
+class Optimizer(_Word):
+    """AdamW, its state in float32."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    weight_decay: Rate = 0.0
+    """Decoupled weight decay."""
+
+
+class Timesteps(_Word):
+    """Which noise levels are trained. t = 1 is noise, t = 0 the image."""
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """`logit_normal`: t = sigmoid(mean + std z), z normal (Esser et al. 2024). `uniform`: t uniform in (0, 1)."""
+    mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    """Mean of the logit; above 0 trains more on noise. Refused with `uniform`."""
+    std: Positive = 1.0
+    """Standard deviation of the logit. Refused with `uniform`."""
+    shift: Literal["auto", "none"] | Positive = "auto"
+    """t becomes s t / (1 + (s - 1) t). `auto`: what the model's own scheduler does at this number of tokens. `none`: s = 1. Or s itself."""
+
+
+class Handoff(_Word):
+    """What a stage takes over from the one before it, beside the weights."""
+
+    optimizer: Literal["reset", "keep", "keep_v"] = "reset"
+    """`reset`: new moments. `keep`: both moments and their step count, where name and shape agree. `keep_v`: the second moment and the count, the first set to zero."""
+    ema: Literal["keep", "reset"] = "reset"
+    """`keep`: the average goes on from where it was (its clock restarts). `reset`: it starts from this stage's first weights. Both need `ema`."""
+
+
+class Stage(_Word):
+    """One leg of the plan: its own mix, resolution, precision, trainable weights and learning rate."""
+
+    name: Name
+    """The stage's name, in folders, logs and the report."""
+    steps: Count
+    """Optimizer steps."""
+    lr: Rate | LearningRate
+    """Learning rate: a number, or {peak, warmup, warmup_from, schedule, floor}."""
+    batch: Count | Batch
+    """Images per optimizer step over all processes: a number, or {images, micro}."""
+    resolution: Annotated[int, Field(strict=True, ge=1, le=16384)]
+    """Side of the square, in pixels, to which images are scaled and centre-cropped."""
+    mix: Literal["natural"] | Power | dict[str, Share] = "natural"
+    """Shares of the sources, counted in images: `natural` (by size after `take`), {power: 0.5} (by size to that power), or shares by name
+    (any numbers of at least 0; they are normalised). A source that is not named is not drawn."""
+    precision: Precision = "bf16"
+    """What the stage multiplies in. fp16 uses loss scaling."""
+    base: Storage | None = None
+    """What the frozen weights are stored in. Left out: fp32 for `precision: fp32` and for `train: full`, else bf16."""
+    train: Literal["adapter", "full"] | list[str] = "adapter"
+    """`adapter`: the whole adapter. `full`: the transformer's own weights. A list of patterns: the adapter's pairs on modules whose full name matches one."""
+    optimizer: Optimizer = Optimizer()
+    """Settings of AdamW."""
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient; `null` clips nothing."""
+    ema: Fraction | None = None
+    """Decay of a float32 moving average of what trains; it is evaluated and published in the place of the raw weights."""
+    timesteps: Timesteps = Timesteps()
+    """Which noise levels are trained."""
+    handoff: Handoff = Handoff()
+    """What is taken over from the stage before."""
+
+
+class Power(_Word):
+    """Shares by size to a power: 1 is natural, 0 gives every source the same share."""
+
+    power: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    """The exponent."""
+
+
+class Accuracy(_Word):
+    """Sample from the held-out captions of a source and let a classifier judge the samples."""
+
+    source: str
+    """The source whose captions are sampled."""
+    labelled: str
+    """A folder of labelled images (metadata.jsonl with file_name and label) on which the classifier, a support vector machine over pixels, is fitted.
+    A sample is right if its predicted label is the label whose words stand in its caption."""
+    samples: Count = 200
+    """How many samples."""
+
+
+class Evaluate(_Word):
+    """What is measured at the start and the end of every stage, and in between."""
+
+    rows: CountOrZero = 64
+    """Rows held out of each source, never trained on, chosen by a hash of their names; at most a tenth of a source."""
+    every: Count | None = None
+    """Also every so many steps."""
+    accuracy: Accuracy | None = None
+    """Judge samples with a classifier at the end of every stage."""
+
+
+class Previews(_Word):
+    """Samples at fixed seeds, from held-out rows, at the end of every stage."""
+
+    rows: CountOrZero = 4
+    """Rows of each source; 0 makes none."""
+    steps: Count = 20
+    """Sampling steps."""
+
+
+class Plan(_Word):
+    """A plan: one model, its sources, and the stages that it goes through."""
+
+    name: Name = "plan"
+    """The run's name and that of its folder, runs/NAME. Left out: the plan file's name."""
+    seed: Seed = 0
+    """Everything random is derived from it."""
+    model: str | Model
+    """The model: a Hub id or folder, or {repo, revision, guidance}."""
+    adapter: Adapter = Adapter()
+    """The LoRA."""
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    """The sources by name."""
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=1000)]
+    """The stages, in order."""
+    start: str | None = None
+    """Begin from another run's folder (its last finished stage), one of its stages' folders, or a published adapter, in the place of a new adapter."""
+    evaluate: Evaluate = Evaluate()
+    """Held-out evaluation."""
+    previews: Previews = Previews()
+    """Preview samples."""
+    save_every: Count = 500
+    """Steps between checkpoints inside a stage. The end of a stage is always saved."""
+    keep: Count = 1
+    """How many checkpoints inside a stage are kept; the end of a stage is always kept."""
+    log_every: Count = 10
+    """Steps between lines in metrics.jsonl and on the console."""
+    workers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
+    """Processes that read and decode images, for each training process. What is drawn does not depend on it."""
+    track: Literal["trackio", "none"] = "trackio"
+    """Where curves go: trackio (a local SQLite file) or nowhere."""
+
+
+Stage.model_rebuild()
+Plan.model_rebuild()
+
+
+def resolved_batch(stage: Stage) -> Batch:
+    """The stage's batch with `micro` filled in: the largest divisor of `images` that is at most 4."""
+    batch = stage.batch if isinstance(stage.batch, Batch) else Batch(images=stage.batch)
+    if batch.micro is not None:
+        return batch
+    return Batch(images=batch.images, micro=max(size for size in (1, 2, 3, 4) if batch.images % size == 0))
+
+
+def resolved_rate(stage: Stage) -> LearningRate:
+    """The stage's learning rate with `warmup` filled in, min(100, 5 % of the steps, rounded up), and `floor` where the schedule has one, 0."""
+    rate = stage.lr if isinstance(stage.lr, LearningRate) else LearningRate(peak=stage.lr)
+    filled: dict[str, int | float] = {}
+    if rate.warmup is None:
+        filled["warmup"] = min(100, -(-stage.steps // 20))
+    if rate.floor is None and rate.schedule != "constant":
+        filled["floor"] = 0.0
+    return rate.model_copy(update=filled)
+
+
+def resolved_storage(stage: Stage) -> Storage:
+    """What the stage's frozen weights are stored in."""
+    if stage.base is not None:
+        return stage.base
+    return "fp32" if stage.precision == "fp32" or stage.train == "full" else "bf16"
+
+
+def resolved_plan(plan: Plan) -> Plan:
+    """The same plan with every number that a default computes written as a number: micro-batches, warm-ups, floors, storage and alpha."""
+    stages = [
+        stage.model_copy(update={"batch": resolved_batch(stage), "lr": resolved_rate(stage), "base": resolved_storage(stage)})
+        for stage in plan.stages
+    ]
+    adapter = plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
+    return plan.model_copy(update={"stages": stages, "adapter": adapter})

@@ -1,0 +1,80 @@
+"""Precision: the one place that touches accelerate's state, and what each stage multiplies in.
+
+One `Accelerator(mixed_precision="no")` serves the whole launch, and each stage owns its autocast and its loss scaling. A second Accelerator
+with another precision raises, a reset one leaves models prepared in the old precision as they were, and accelerate's own fp16 on a CPU is
+silently fp32 (accelerate 1.15). Optimizer, schedule and loader are not prepared: its scheduler steps once for each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LaunchError(RuntimeError):
+    """The processes that were started are not those that accelerate sees."""
+
+
+def start_accelerator(track: str | None) -> Accelerator:
+    """The launch's Accelerator: on the GPU where there is one, else on the CPU, with one thread for each process.
+
+    track: the tracker's name, or None. Raises LaunchError if the launcher started another number of processes than take part.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        # More threads than idle cores make small steps ten times slower, and another number of threads adds up in another order.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=track)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise LaunchError(
+            f"the launcher started {started} processes and accelerate sees {accelerator.num_processes}; "
+            "start them with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`, or set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+class StagePrecision:
+    """What one stage computes in: its autocast and its gradient scaler."""
+
+    def __init__(self, mode: str, device: torch.device) -> None:
+        """mode: fp32, bf16 or fp16."""
+        self.mode, self.dtype, self.device = mode, DTYPES[mode], device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mode == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass; gradients are taken outside."""
+        return contextlib.nullcontext() if self.mode == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts the matrix products made inside it, by the dtype of their operands as they reach the device: beneath autocast, so what it says is what happened."""
+
+    _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_dot_product")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        if name.split(".")[0].startswith(self._PRODUCTS):
+            # addmm(bias, a, b): the operands that are multiplied are the last two tensors.
+            operands = [value for value in args if isinstance(value, torch.Tensor)][-2:]
+            for dtype in {operand.dtype for operand in operands}:
+                self.dtypes[str(dtype).removeprefix("torch.")] += 1
+        return func(*args, **(kwargs or {}))
+
+    def verdict(self) -> str:
+        """The dtype of most products, as a plan names it."""
+        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        most = self.dtypes.most_common(1)
+        return names.get(most[0][0], most[0][0]) if most else "none"

@@ -1,0 +1,128 @@
+"""Publishing: the adapter as the stock pipeline loads it, with its history, loaded back and compared before it is called published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mixing.mixture import MicroBatch
+from stages.checkpoint import sync
+from stages.families.base import Family
+from stages.handoff import ADAPTER_FILE, probe, same_outputs
+from stages.plan import Adapter, Model, Plan
+from stages.precision import DTYPES, StagePrecision
+
+_LOADED_BACK = {"fp32": 1e-5, "bf16": 3e-2}  # relative to the largest output; alpha / rank is multiplied elsewhere, and bf16 rounds it elsewhere
+
+
+class PublishError(RuntimeError):
+    """The adapter that was written does not give the output that training saw."""
+
+
+def publish_adapter(
+    folder: Path,
+    family: Family,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    base: Path | None,
+    storage: str,
+    precision: StagePrecision,
+    saw: Mapping[str, Tensor],
+    batches: Mapping[str, MicroBatch],
+    notes: Mapping[str, str],
+    card: str,
+    sheet: Path,
+) -> float:
+    """Write adapter/ and prove it: load it into a fresh base with the stock pipeline, and compare the outputs.
+
+    weights: the pairs as peft names them. base: weights of the transformer they sit on, or None for the model itself; storage: its dtype.
+    saw: what the trained model gave on `batches` in `precision`. sheet: a picture for the card, if it exists. Returns the largest difference
+    of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_adapter(partial / ADAPTER_FILE, weights, plan.adapter, notes)
+    if sheet.exists():
+        shutil.copyfile(sheet, partial / "previews.png")
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    fresh = family.load_transformer(DTYPES[storage], base)
+    family.stock_pipeline(fresh).load_lora_weights(partial, weight_name=ADAPTER_FILE)
+    difference = same_outputs(saw, probe(family, fresh, batches, precision, plan.seed))
+    largest = max(float(output.abs().max()) for output in saw.values())
+    if not difference <= _LOADED_BACK[precision.mode] * max(1.0, largest):
+        raise PublishError(f"{partial}: loaded back by {family.pipeline_class} the adapter's outputs differ from training's by up to {difference:.3g}; it is not published")
+    for path in partial.iterdir():
+        sync(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)
+    return difference
+
+
+def write_adapter(path: Path, weights: Mapping[str, Tensor], adapter: Adapter, notes: Mapping[str, str]) -> None:
+    """Write the pairs so that no reader needs metadata: the scale alpha / rank is multiplied into B, and alpha is the rank.
+
+    A file without metadata whose alpha is not its rank loads at the wrong strength in silence (diffusers 0.42.1, peft 0.21.2); the metadata
+    is there all the same. notes: further strings of the header (plan, ledger).
+    """
+    scale = (adapter.alpha or adapter.rank) / adapter.rank
+    baked = {f"transformer.{name}": (value * scale if ".lora_B." in name else value).contiguous() for name, value in weights.items()}
+    modules = sorted({name.split(".lora_")[0] for name in weights})
+    config = {"transformer.r": adapter.rank, "transformer.lora_alpha": adapter.rank, "transformer.target_modules": modules}
+    save_file(baked, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True), **notes})
+
+
+def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None) -> str:
+    """The adapter's README.md: how to load it, what it saw, how well it does, and with what it was made."""
+    repo = plan.model.repo if isinstance(plan.model, Model) else plan.model
+    saw = ["| stage | source | asked | drawn | images | epochs |", "|---|---|---:|---:|---:|---:|"]
+    for stage in ledger["stages"]:
+        for name, entry in stage["sources"].items():
+            saw.append(f"| {stage['stage']} | {name} | {entry['asked']:.1%} | {entry['drawn']:.1%} | {entry['images']:,} | {entry['epochs']:.2f} |")
+    base = base_note or f'pipe = {family.pipeline_class}.from_pretrained("{repo}", torch_dtype=torch.bfloat16)'
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            f"base_model: {repo}",
+            "tags: [lora, medley]",
+            "---",
+            f"# {plan.name}",
+            "",
+            f"A LoRA of rank {plan.adapter.rank} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.",
+            "",
+            "```python",
+            "import torch",
+            f"from diffusers import {family.pipeline_class}",
+            "",
+            base,
+            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER_FILE}")',
+            "```",
+            "",
+            "## What it saw",
+            "",
+            *saw,
+            "",
+            "## Held-out loss",
+            "",
+            table,
+            "",
+            "## Made with",
+            "",
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "",
+            "The resolved plan and the ledger are in the file's metadata (`medley.plan`, `medley.ledger`).",
+            "",
+        ]
+    )

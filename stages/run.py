@@ -1,0 +1,427 @@
+"""A run: a plan being carried out in its run folder. What is done is read from the folder, so going on and starting are one path."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mixing.mixture import Selection, select
+from mixing.source import SourceError, open_source
+from stages.adapter import adapter_weights
+from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.evaluate import Measured, evaluate
+from stages.families.base import Family
+from stages.families.open import fingerprint, open_family
+from stages.handoff import ADAPTER_FILE, Baton, build_model, probe, probe_batches, read_baton, read_start
+from stages.ledger import dropped_rows
+from stages.plan import Plan, Stage, resolved_storage
+from stages.precision import DTYPES, StagePrecision, start_accelerator
+from stages.publish import model_card, publish_adapter
+from stages.reader import PlanError, resolved, to_yaml
+from stages.report import first_table, write_report
+from stages.sampling import Judge, accuracy, fit_judge
+from stages.track import Log, Trace
+
+_VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datasets", "numpy", "safetensors")
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT, so that the step under way can be finished and saved. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if _in_main_thread() else {}
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was told to stop. Every process must ask at the same step."""
+        if accelerator.num_processes > 1:
+            told = reduce(torch.tensor([self.signal or 0], device=accelerator.device), reduction="sum")
+            if int(told) and self.signal is None:
+                self.signal = int(signal.SIGTERM)
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.signal or 0).name if self.signal else "nothing"
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number."""
+        return 128 + (self.signal or 0)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+@dataclass
+class Run:
+    """What every part of a run is handed: the plan, the folder, the processes, the data, and the weights that pass from stage to stage."""
+
+    plan: Plan
+    folder: Path
+    accelerator: Accelerator
+    selections: Mapping[str, Selection]
+    checkpoints: list[Checkpoint | None]
+    """The newest of each stage, or None."""
+    log: Log
+    tracing: bool
+    """Whether every row drawn is written to trace.jsonl."""
+    trace: Trace | None
+    """The file, on the main process."""
+    stop: Stop
+    fingerprint: str
+    """Of the model."""
+    baton: Baton = field(default_factory=lambda: Baton(None, None, "the model"))
+    last: Checkpoint | None = None
+    """The last checkpoint of the stage before this one."""
+
+    @cached_property
+    def family(self) -> Family:
+        """The model without its transformer; loaded when first needed, so that a finished run is answered at once."""
+        return open_family(self.plan.model, self.accelerator.device)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """The classifier that the plan asks for."""
+        asked = self.plan.evaluate.accuracy
+        return fit_judge(Path(asked.labelled), self.plan.stages[-1].resolution) if asked else None
+
+    def finished(self, index: int) -> Checkpoint | None:
+        """The last checkpoint of a stage that is finished, else None."""
+        checkpoint = self.checkpoints[index]
+        if checkpoint is None or not checkpoint.state["finished"]:
+            return None
+        self.log.say(f"[dim]stage {index + 1}/{len(self.plan.stages)} '{self.plan.stages[index].name}' is finished[/dim]")
+        return checkpoint
+
+    def baton_from(self, checkpoint: Checkpoint) -> None:
+        """Take over what a stage's last checkpoint hands on."""
+        self.last, self.baton = checkpoint, read_baton(checkpoint)
+        self.checkpoints[int(checkpoint.state["index"])] = checkpoint
+
+    def stage_folder(self, index: int) -> Path:
+        """Where a stage's checkpoints lie."""
+        return stage_folder(self.folder, index, self.plan.stages[index].name)
+
+    def drawn_before(self) -> dict[tuple[str, str], int]:
+        """Images that finished stages have drawn of each (source, signature)."""
+        saved: dict[str, dict[str, int]] = self.last.state["drawn"] if self.last else {}
+        return {(source, signature): count for source, counts in saved.items() for signature, count in counts.items()}
+
+    def ledger(self, current: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All pages of the ledger: those of finished stages, and the current one's."""
+        pages = [checkpoint.state["ledger"] for checkpoint in self.checkpoints if checkpoint and checkpoint.state["finished"]]
+        pages = [page for page in pages if current is None or page["stage"] != current["stage"]]
+        opened = {name: dropped_rows(selection.source.bad) for name, selection in self.selections.items() if selection.source.bad}
+        return {"stages": [*pages, *([current] if current else [])], "left_out_at_opening": opened}
+
+    def steps_before(self, index: int) -> int:
+        """Steps of all earlier stages: the tracker counts on over stages."""
+        return sum(stage.steps for stage in self.plan.stages[:index])
+
+    def recorded(self, stage: Stage) -> dict[str, Any]:
+        """What decides a stage's result."""
+        return recorded(self.plan, stage, self.fingerprint, self.selections)
+
+    def base(self, stage: Stage) -> tuple[Measured, dict[str, torch.Tensor], float | None]:
+        """What the model does before any training, at a stage's resolution: held-out losses, outputs on fixed inputs, and the judge's verdict.
+
+        Measured once, kept in evaluations/.
+        """
+        folder, name = self.folder / "evaluations", f"base-{stage.resolution}"
+        if not (folder / f"{name}.safetensors").exists():
+            precision = StagePrecision(stage.precision, self.accelerator.device)
+            transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None)
+            began = time.monotonic()
+            measured = evaluate(
+                self.family, transformer, self.selections, resolution=stage.resolution, precision=precision, seed=self.plan.seed, accelerator=self.accelerator
+            )
+            outputs = probe(self.family, transformer, probe_batches(self.selections, stage.resolution), precision, self.plan.seed)
+            untrained = self.judged(transformer, stage, precision)
+            if self.accelerator.is_main_process:
+                measured.save(folder / f"{name}.json")
+                write_whole(folder / f"{name}-accuracy.json", json.dumps(untrained))
+                save_file(outputs, folder / f".{name}.partial")
+                (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
+            self.log.write(
+                {"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": round(time.monotonic() - began, 3), "sources": measured.summary(None, None)}
+            )
+            self.accelerator.wait_for_everyone()
+        judged = json.loads((folder / f"{name}-accuracy.json").read_text(encoding="utf-8"))
+        return Measured.load(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors"), judged["accuracy"] if judged else None
+
+    def judged(self, transformer: torch.nn.Module, stage: Stage, precision: StagePrecision) -> dict[str, float] | None:
+        """The judge's verdict on samples of a transformer, if the plan asks for one and this stage has its resolution."""
+        asked = self.plan.evaluate.accuracy
+        if not asked or not self.judge or self.judge.resolution != stage.resolution:
+            return None
+        return accuracy(
+            self.family,
+            transformer,
+            self.selections[asked.source],
+            self.judge,
+            samples=asked.samples,
+            steps=self.plan.previews.steps,
+            precision=precision,
+            seed=self.plan.seed,
+            accelerator=self.accelerator,
+        )
+
+
+def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Selection]) -> dict[str, Any]:
+    """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
+    whole = resolved(plan)
+    own = whole["stages"][plan.stages.index(stage)]
+    drawn = [name for name in plan.sources if not isinstance(own["mix"], dict) or "power" in own["mix"] or own["mix"].get(name)]
+    return {
+        "seed": plan.seed,
+        "model": whole["model"],
+        "fingerprint": model,
+        "adapter": whole["adapter"],
+        "start": whole["start"],
+        "evaluate.rows": plan.evaluate.rows,
+        "stage": own,
+        "sources": {name: whole["sources"][name] for name in drawn},
+        "rows": {name: selections[name].source.fingerprint for name in drawn},
+    }
+
+
+def stage_folder(folder: Path, index: int, name: str) -> Path:
+    """stages/NUMBER-NAME, numbered from 1."""
+    return folder / "stages" / f"{index + 1}-{name}"
+
+
+@contextmanager
+def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
+    """Open the sources and the run folder, find what is done, and hand out the run. Raises PlanError where plan, data and folder do not fit."""
+    stop = Stop()
+    accelerator = start_accelerator(None if plan.track == "none" else plan.track)
+    console = Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stages").mkdir(exist_ok=True)
+    (folder / "evaluations").mkdir(exist_ok=True)
+    with _locked(folder, accelerator.is_main_process):
+        selections = open_selections(plan, Path.cwd())
+        model = fingerprint(plan.model)
+        checkpoints: list[Checkpoint | None] = []
+        said: list[str] = []
+        for index, stage in enumerate(plan.stages):
+            checkpoints.append(found := newest_checkpoint(stage_folder(folder, index, stage.name), said.append))
+            if found:
+                _compare(folder, index, stage, found, recorded(plan, stage, model, selections))
+        _compare_names(plan, folder)
+        newest = next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint), None)
+        log = Log(folder, accelerator, console, newest.state["metrics_bytes"] if newest else 0)
+        written = Trace(folder, newest.state["trace_bytes"] if newest else 0) if trace and accelerator.is_main_process else None
+        run = Run(plan, folder, accelerator, selections, checkpoints, log, trace, written, stop, model)
+        for message in said:
+            run.log.warn(message, "", 0)
+        try:
+            run.baton = read_start(plan, model) if plan.start else run.baton
+        except ValueError as error:
+            raise PlanError.at("start", str(error)) from None
+        if accelerator.is_main_process:
+            write_whole(folder / "plan.yaml", to_yaml(plan))
+            write_whole(folder / "environment.json", json.dumps(environment(accelerator), indent=1))
+        run.log.start_tracker(plan.name, folder.name, {"plan": to_yaml(plan)})
+        say_hello(run, newest)
+        accelerator.wait_for_everyone()
+        try:
+            yield run
+        finally:
+            run.log.close()
+            if run.trace:
+                run.trace.close()
+            stop.close()
+
+
+@contextmanager
+def _locked(folder: Path, main: bool) -> Iterator[None]:
+    """Hold the folder against a second launch. The lock is the process's own and goes with it, however it ends."""
+    if not main:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlanError.at(str(folder), "another launch is training in this folder; wait for it, or pass --out") from None
+        yield
+
+
+def open_selections(plan: Plan, root: Path) -> dict[str, Selection]:
+    """Open every source and choose its rows. Raises PlanError naming the source."""
+    selections = {}
+    for name, source in plan.sources.items():
+        try:
+            opened = open_source(
+                name,
+                path=source.path,
+                task=source.task,
+                columns=source.columns,
+                prompt=source.prompt,
+                split=source.split,
+                on_bad_row=source.on_bad_row,
+                root=root,
+            )
+            take = source.take
+            selections[name] = select(opened, take.count if take else None, take.by if take else "random", take.seed if take else 0, plan.evaluate.rows)
+        except (SourceError, ValueError) as error:
+            raise PlanError.at(f"sources.{name}", str(error)) from None
+    return selections
+
+
+def _compare(folder: Path, index: int, stage: Stage, checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Raise PlanError if a stage that has begun was trained under another plan or on other rows."""
+    state = checkpoint.state
+    old, new = dict(state["plan"]), dict(now)
+    rows_old, rows_new = old.pop("rows"), new.pop("rows")
+    word = "finished" if state["finished"] else f"at step {state['step']} of {state['plan']['stage']['steps']}"
+    cure = "pass --out, or restore the value" if state["finished"] else f"pass --out, restore the value, or delete {stage_folder(folder, index, stage.name)} to train that stage anew"
+    differences = [f"{name} was {before}, is {after}" for name, before, after in _differences(old, new, "")]
+    differences = [text.replace("stage.", f"stages[{index}].", 1) if text.startswith("stage.") else text for text in differences]
+    if differences:
+        raise PlanError.at(str(folder), f"holds another plan ({'; '.join(differences)}, and stage '{stage.name}' is {word}); {cure}")
+    changed = [name for name in rows_new if rows_old.get(name) != rows_new[name]]
+    if changed and not state["finished"]:
+        raise PlanError.at(f"sources.{changed[0]}", f"its rows have changed since stage '{stage.name}' began ({word}); restore them, pass --out, or delete {stage_folder(folder, index, stage.name)}")
+
+
+def _differences(old: Any, new: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{place}.{name}" if place else name)
+    elif old != new:
+        yield place, old, new
+
+
+def _compare_names(plan: Plan, folder: Path) -> None:
+    """Raise PlanError if the folder holds a stage that the plan does not have at its place."""
+    expected = {stage_folder(folder, index, stage.name).name for index, stage in enumerate(plan.stages)}
+    for found in sorted((folder / "stages").iterdir()):
+        if found.is_dir() and found.name not in expected and any(found.glob("step-*")):
+            raise PlanError.at(str(folder), f"holds stage '{found.name}', which the plan does not have at that place; pass --out, or restore the stage's name and place")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run was carried out with: no user name, no host name, no environment variable."""
+    return {
+        "versions": {name: version(name) for name in _VERSIONS},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": _device_name(accelerator),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    return torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+
+
+def say_hello(run: Run, newest: Checkpoint | None) -> None:
+    """The first lines: what is trained, on what, and whether it is gone on with."""
+    processes = run.accelerator.num_processes
+    run.log.say(f"[bold]{run.plan.name}[/bold]: {len(run.plan.stages)} stages on {_device_name(run.accelerator)}, {processes} {'process' if processes == 1 else 'processes'}, into {run.folder}")
+    for name, selection in run.selections.items():
+        bad = f", {len(selection.source.bad)} bad rows left out" if selection.source.bad else ""
+        run.log.say(f"  source {name}: {selection.size:,} rows to train on, {len(selection.held_out)} held out{bad}")
+        for row in selection.source.bad[:5]:
+            run.log.warn(f"source '{name}': {row.key}: {row.reason}", "", 0)
+    resumed = {"stage": newest.state["stage"], "step": newest.step} if newest else None
+    if not all(checkpoint and checkpoint.state["finished"] for checkpoint in run.checkpoints):
+        run.log.write(
+            {
+                "event": "run",
+                "name": run.plan.name,
+                "seed": run.plan.seed,
+                "model": run.plan.model if isinstance(run.plan.model, str) else run.plan.model.repo,
+                "device": _device_name(run.accelerator),
+                "processes": processes,
+                "versions": {name: version(name) for name in _VERSIONS},
+                "resumed_from": resumed,
+            }
+        )
+    if newest and not newest.state["finished"]:
+        run.log.say(f"going on with stage '{newest.state['stage']}' after step {newest.step}")
+
+
+def finish(run: Run) -> None:
+    """After the last stage: publish what was trained, and write the report."""
+    checkpoint = run.last
+    assert checkpoint is not None
+    stage = run.plan.stages[-1]
+    mark = json.loads((checkpoint.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    identity = json.dumps(mark, sort_keys=True)
+    published = run.folder / "adapter" / ADAPTER_FILE
+    model_folder = run.folder / "model"
+    if run.accelerator.is_main_process:
+        if run.baton.base is not None and not (model_folder / "model_index.json").exists():
+            run.family.save_model(model_folder, run.family.load_transformer(torch.float32, run.baton.base))
+            run.log.say(f"the trained model is in {model_folder}")
+        if run.baton.adapter is not None and _mark_of(published) != identity:
+            batches = probe_batches(run.selections, stage.resolution)
+            storage = resolved_storage(stage)
+            precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
+            weights = run.baton.adapter
+            model, trainable = build_model(run.family, run.plan, stage, f"stages[{len(run.plan.stages) - 1}]", run.baton)
+            if checkpoint.has("ema"):
+                for name, value in checkpoint.tensors("ema").items():
+                    trainable[name].data.copy_(value)
+                weights = adapter_weights(model)
+            saw = probe(run.family, model, batches, precision, run.plan.seed)
+            del model, trainable
+            versions = environment(run.accelerator)["versions"]
+            base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
+            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": identity, "medley.model": run.fingerprint}
+            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
+            sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
+            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)
+            run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
+            run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
+        report = write_report(run.folder)
+        run.log.say(f"report: {report}")
+    run.accelerator.wait_for_everyone()
+
+
+def _mark_of(published: Path) -> str | None:
+    if not published.exists():
+        return None
+    with safe_open(published, framework="pt") as header:
+        return (header.metadata() or {}).get("medley.checkpoint")
+
+

@@ -1,0 +1,197 @@
+"""Samples: what the model makes of held-out rows, as a sheet to look at and as an accuracy that a classifier gives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from mixing.images import decode, fit, from_tensor
+from mixing.keys import key
+from mixing.mixture import Selection, read_batch
+from stages.families.base import Family, Text
+from stages.objectives import flow
+from stages.precision import StagePrecision
+
+_AT_ONCE = 32
+
+
+@torch.no_grad()
+def sample(family: Family, transformer: nn.Module, e: Tensor, text: Text, references: Sequence[Tensor], steps: int, precision: StagePrecision) -> Tensor:
+    """Follow the flow from noise e [B, C, h, w] to latents by Euler steps over the noise levels of the model's own sampler."""
+    sigmas = family.sigmas(steps, e.shape[2] * e.shape[3] // 4)
+    x = e
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        with precision.autocast():
+            v = family.predict(transformer, x, now.expand(e.shape[0]), text, references)
+        x = x + (then - now) * v
+    return x
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row of the sheet."""
+
+    source: str
+    prompt: str
+    references: tuple[Image.Image, ...]
+    output: Image.Image
+    target: Image.Image
+
+
+@torch.no_grad()
+def previews(
+    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, steps: int, resolution: int, precision: StagePrecision, seed: int, accelerator: Accelerator
+) -> list[Preview]:
+    """Samples for the first held-out rows of each source, their noise keyed by (seed, source, row), shared out among the processes; all of them on each."""
+    made: list[tuple[int, int, Preview]] = []
+    for number, (name, selection) in enumerate(selections.items()):
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
+        for batch in read_batch(selection.source, selection.held_out[:rows].tolist(), resolution):
+            shape = family.encode_images(batch.targets[:1]).shape[1:]
+            e = flow.noise(shape, [key(seed, "preview", name, row) for row in batch.keys]).to(accelerator.device)
+            references = [family.encode_images(reference) for reference in batch.references]
+            images = family.decode_latents(sample(family, transformer, e, family.encode_prompts(batch.prompts), references, steps, precision))
+            for place, image in enumerate(images):
+                shown = tuple(from_tensor(reference[place]) for reference in batch.references)
+                made.append((number, place, Preview(name, batch.prompts[place], shown, from_tensor(image.cpu()), from_tensor(batch.targets[place]))))
+    gathered: list[tuple[int, int, Preview]] = gather_object(made) if accelerator.num_processes > 1 else made
+    return [preview for _, _, preview in sorted(gathered, key=lambda entry: entry[:2])]
+
+
+_CELL, _GAP, _TEXT = 112, 8, 34
+
+
+def sheet(shown: Sequence[Preview]) -> Image.Image:
+    """A picture of the previews: for each source a band of rows, each with reference, output and target side by side and its caption beneath."""
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    names = list(dict.fromkeys(preview.source for preview in shown))
+    columns = max(sum(preview.source == name for preview in shown) for name in names)
+    widest = max(2 + len(preview.references) for preview in shown)
+    block = widest * (_CELL + 4) + _GAP * 2
+    band = 24 + 16 + _CELL + _TEXT
+    picture = Image.new("RGB", (columns * block + _GAP, len(names) * band + _GAP), "#f6f6f4")
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        top = row * band + _GAP
+        draw.text((_GAP, top), name, fill="#222222", font=font)
+        for column, preview in enumerate(preview for preview in shown if preview.source == name):
+            left = column * block + _GAP
+            cells = [*(("reference", image) for image in preview.references), ("output", preview.output), ("target", preview.target)]
+            for place, (label, image) in enumerate(cells):
+                x = left + place * (_CELL + 4)
+                draw.text((x, top + 20), label, fill="#777777", font=small)
+                resample = Image.Resampling.NEAREST if max(image.size) < _CELL else Image.Resampling.LANCZOS
+                picture.paste(image.resize((_CELL, _CELL), resample), (x, top + 36))
+                if label == "output":
+                    draw.rectangle((x - 1, top + 35, x + _CELL, top + 36 + _CELL), outline="#c2571a")
+            for line, text in enumerate(_wrapped(preview.prompt, small, block - _GAP * 3)):
+                draw.text((left, top + 40 + _CELL + 13 * line), text, fill="#444444", font=small)
+    return picture
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The first two lines of a caption, broken between words."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and font.getlength(f"{line} {word}") > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    lines.append(line)
+    return lines if len(lines) <= 2 else [lines[0], lines[1] + " …"]
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A support vector machine over pixels, fitted on a folder of labelled images."""
+
+    labels: tuple[str, ...]
+    machine: object
+    resolution: int
+
+    def predict(self, images: Sequence[Image.Image]) -> list[str]:
+        """The label of each image."""
+        from sklearn.svm import SVC
+
+        assert isinstance(self.machine, SVC)
+        return [str(label) for label in self.machine.predict(_pixels(images, self.resolution))]
+
+    def label_of(self, caption: str) -> str | None:
+        """The one label whose words stand in a caption, or None if none or several do."""
+        padded = f" {' '.join(caption.lower().split())} "
+        found = [label for label in self.labels if f" {label.lower()} " in padded]
+        return found[0] if len(found) == 1 else None
+
+
+def _pixels(images: Sequence[Image.Image], resolution: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    return np.stack([np.asarray(fit(image, resolution, resolution), dtype=np.float64).reshape(-1) / 255 for image in images])
+
+
+def fit_judge(folder: Path, resolution: int) -> Judge:
+    """Fit a judge on a folder with metadata.jsonl (file_name, label). Raises ValueError, naming the place, if a line lacks either."""
+    from sklearn.svm import SVC
+
+    images, labels = [], []
+    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        if not isinstance(row, dict) or not {"file_name", "label"} <= row.keys():
+            raise ValueError(f"{folder / 'metadata.jsonl'}:{number}: a line needs file_name and label")
+        path = (folder / str(row["file_name"])).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / 'metadata.jsonl'}:{number}: file_name leaves the folder")
+        images.append(decode(path))
+        labels.append(str(row["label"]))
+    machine = SVC(C=10.0, gamma="scale")
+    machine.fit(_pixels(images, resolution), labels)
+    return Judge(tuple(sorted(set(labels))), machine, resolution)
+
+
+@torch.no_grad()
+def accuracy(
+    family: Family, transformer: nn.Module, selection: Selection, judge: Judge, *, samples: int, steps: int, precision: StagePrecision, seed: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Judge samples made from the held-out captions of a source.
+
+    Returns accuracy; shuffled_captions (the same samples against captions moved on by a keyed permutation: what guessing gives); judge_on_real
+    (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises ValueError if no caption names a label.
+    """
+    resolution, source = judge.resolution, selection.source
+    captions = [prompt for batch in read_batch(source, selection.held_out.tolist(), resolution) for prompt in batch.prompts]
+    captions = [caption for caption in captions if judge.label_of(caption)]
+    if not captions:
+        raise ValueError(f"evaluate.accuracy: no held-out caption of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
+    asked = [captions[number % len(captions)] for number in range(samples)]
+    correct: list[tuple[int, str]] = []
+    shape = family.encode_images(torch.zeros(1, 3, resolution, resolution)).shape[1:]
+    for number, first in enumerate(range(0, samples, _AT_ONCE)):
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
+        prompts = asked[first : first + _AT_ONCE]
+        e = flow.noise(shape, [key(seed, "accuracy", first + place) for place in range(len(prompts))]).to(accelerator.device)
+        images = family.decode_latents(sample(family, transformer, e, family.encode_prompts(prompts), (), steps, precision)).cpu()
+        correct += enumerate(judge.predict([from_tensor(image) for image in images]), first)
+    gathered: list[tuple[int, str]] = sorted(gather_object(correct)) if accelerator.num_processes > 1 else correct
+    wanted = [judge.label_of(caption) for caption in asked]
+    moved = sorted(range(samples), key=lambda number: key(seed, "shuffled", number))
+    rows = np.concatenate(list(selection.training.values()))[:500].tolist()
+    real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_batch(source, rows, resolution) for image, prompt in zip(batch.targets, batch.prompts, strict=True)]
+    real = [(image, label) for image, label in real if label]
+    return {
+        "accuracy": sum(label == wanted[number] for number, label in gathered) / samples,
+        "shuffled_captions": sum(label == wanted[moved[number]] for number, label in gathered) / samples,
+        "judge_on_real": sum(label == found for (_, label), found in zip(real, judge.predict([image for image, _ in real]), strict=True)) / len(real),
+    }

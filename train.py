@@ -1,0 +1,166 @@
+"""Train one diffusion transformer through the stages of a plan, handing its checkpoint from stage to stage.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml train.py plans/quickstart.yaml
+
+Typed again, the same command goes on where it stopped: finished stages are skipped, a half-done one resumes bit for bit.
+
+    python train.py PLAN --check        is the plan sound? under a second, without torch
+    python train.py PLAN --explain      what will happen: steps, images, epochs, rates, memory
+    options: --set PATH=VALUE (again and again)  --out FOLDER  --until STAGE  --trace
+
+Exit code: 0 done, 1 failed, 2 the plan or the data is wrong, 130 or 143 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from stages.check import check_plan
+from stages.plan import Plan, Stage, resolved_batch, resolved_rate
+from stages.reader import PlanError, ReadPlan, read_plan
+
+if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
+    from mixing.mixture import StageMixture
+    from stages.checkpoint import Checkpoint
+    from stages.run import Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="train.py", description=(__doc__ or "").split("\n", 1)[0], epilog="docs/plan.md describes the plan.")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="the plan, a YAML file")
+    parser.add_argument("--check", action="store_true", help="say whether the plan is sound, and stop")
+    parser.add_argument("--explain", action="store_true", help="say what will happen, and stop")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="change a field of the plan, such as stages.refine.steps=50")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (runs/NAME)")
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--trace", action="store_true", help="write every row drawn to trace.jsonl")
+    given = parser.parse_args(arguments)
+    try:
+        read = checked(given.plan, given.settings)
+        if given.until and given.until not in (names := [stage.name for stage in read.plan.stages]):
+            raise PlanError.at("--until", f"no stage '{given.until}' (stages: {', '.join(names)})")
+        if given.check:
+            stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in read.plan.stages)
+            print(f"{given.plan}: sound; {len(read.plan.sources)} sources; stages: {stages}")
+            return 0
+        if given.explain:
+            from stages.explain import explain_run
+
+            explain_run(read.plan, Console())
+            return 0
+        return launch(read.plan, out=given.out, until=given.until, trace=given.trace)
+    except PlanError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+
+
+def checked(path: Path, settings: Sequence[str] = ()) -> ReadPlan:
+    """Read a plan and check what it means. Raises PlanError with every problem found."""
+    read = read_plan(path, settings)
+    if problems := check_plan(read, Path.cwd()):
+        raise PlanError(problems)
+    return read
+
+
+def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = None, until: str | None = None, trace: bool = False) -> Path:
+    """Carry out a plan from Python, as the command line does, and return the run's folder.
+
+    plan: the YAML file. settings: as `--set`. Raises PlanError if the plan or the data is wrong.
+    """
+    read = checked(Path(plan), settings)
+    launch(read.plan, out=out, until=until, trace=trace)
+    return out or Path("runs") / read.plan.name
+
+
+def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> int:
+    """Go through the stages, skipping what is finished, and publish. Returns the exit code. Raises PlanError if the plan or the data is wrong."""
+    from stages.run import finish, open_run
+
+    with open_run(plan, out or Path("runs") / plan.name, trace=trace) as run:
+        for index, stage in enumerate(plan.stages):
+            last = run.finished(index) or train_stage(run, index, stage)
+            if last is None:
+                return run.stop.exit_code
+            run.baton_from(last)
+            if stage.name == until:
+                break
+        else:
+            finish(run)
+    return 0
+
+
+def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
+    """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
+    import torch
+
+    from stages.leg import open_leg
+    from stages.objectives import flow
+    from stages.optim import rate_at
+    from stages.precision import Multiplied
+
+    batch_sizes, rate = resolved_batch(stage), resolved_rate(stage)
+    leg = open_leg(run, index, stage)
+    mixture, family, precision = leg.mixture, run.family, leg.precision
+    device, processes = run.accelerator.device, run.accelerator.num_processes
+    micro_steps = mixture.order.micro_batches // processes
+    batches = iter(mixture.loader(leg.step, stage.steps, rank=run.accelerator.process_index, processes=processes, workers=run.plan.workers, pin_memory=device.type == "cuda"))
+
+    while leg.step < stage.steps:
+        learning_rate = rate_at(leg.step, stage.steps, rate)
+        for group in leg.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        for number in range(micro_steps):
+            with leg.waiting():
+                batch = next(batches)
+            # Images to latents, prompts to embeddings; noise and timestep come from the image's place in the run, so they outlive any restart.
+            x = family.encode_images(batch.targets)
+            text = family.encode_prompts(batch.prompts)
+            references = [family.encode_images(reference) for reference in batch.references]
+            e = flow.noise(x.shape[1:], leg.noise_keys(batch)).to(device)
+            t = family.seen_timestep(leg.density.t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
+
+            # Gradients are exchanged between processes with the last micro-batch only. The loss is a sum over images divided by the
+            # step's count over all processes, which DDP's mean over processes asks to be multiplied by their number.
+            watch = Multiplied() if leg.multiplied is None else nullcontext()
+            with nullcontext() if number == micro_steps - 1 else run.accelerator.no_sync(leg.wrapped):
+                with watch, precision.autocast():
+                    predicted = family.predict(leg.wrapped, flow.blend(x, e, t), t, text, references)
+                losses = flow.losses(predicted, x, e)
+                precision.scaler.scale(losses.sum() * (processes / batch_sizes.images)).backward()
+            if isinstance(watch, Multiplied):
+                leg.check_multiplied(watch)
+            leg.count(batch, losses.detach())
+
+        precision.scaler.unscale_(leg.optimizer)
+        leg.check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(leg.trainable.values(), stage.clip or float("inf"))
+        precision.scaler.step(leg.optimizer)
+        precision.scaler.update()
+        leg.optimizer.zero_grad(set_to_none=True)
+        leg.stepped()
+
+        # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
+        if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
+            leg.log_step(learning_rate, norm)
+        if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
+            leg.evaluate("during")
+        # A signal is agreed on by all processes; then the step just made is saved and they leave.
+        stopping = run.stop.agreed(run.accelerator)
+        if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
+            leg.save()
+        if stopping and leg.step < stage.steps:
+            run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
+            return None
+
+    return leg.finish()
