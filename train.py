@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,9 @@ def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = No
 
 def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> int:
     """Go through the stages, skipping what is finished, and publish. Returns the exit code. Raises PlanError if the plan or the data is wrong."""
+    from stages.quiet import quiet_libraries
+
+    quiet_libraries()
     from stages.run import finish, open_run
 
     with open_run(plan, out or Path("runs") / plan.name, trace=trace) as run:
@@ -92,6 +95,8 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
             if last is None:
                 return run.stop.exit_code
             run.baton_from(last)
+            if run.stop.agreed(run.accelerator):
+                return run.stop.exit_code
             if stage.name == until:
                 break
         else:
@@ -113,54 +118,56 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     mixture, family, precision = leg.mixture, run.family, leg.precision
     device, processes = run.accelerator.device, run.accelerator.num_processes
     micro_steps = mixture.order.micro_batches // processes
-    batches = iter(mixture.loader(leg.step, stage.steps, rank=run.accelerator.process_index, processes=processes, workers=run.plan.workers, pin_memory=device.type == "cuda"))
+    rank, workers = run.accelerator.process_index, run.plan.workers
+    reading = mixture.batches(leg.step, stage.steps, rank=rank, processes=processes, workers=workers, pin_memory=device.type == "cuda")
 
-    while leg.step < stage.steps:
-        learning_rate = rate_at(leg.step, stage.steps, rate)
-        for group in leg.optimizer.param_groups:
-            group["lr"] = learning_rate
+    with closing(reading) as batches:
+        while leg.step < stage.steps:
+            learning_rate = rate_at(leg.step, stage.steps, rate)
+            for group in leg.optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        for number in range(micro_steps):
-            with leg.waiting():
-                batch = next(batches)
-            # Images to latents, prompts to embeddings; noise and timestep come from the image's place in the run, so they outlive any restart.
-            x = family.encode_images(batch.targets)
-            text = family.encode_prompts(batch.prompts)
-            references = [family.encode_images(reference) for reference in batch.references]
-            e = flow.noise(x.shape[1:], leg.noise_keys(batch)).to(device)
-            t = family.seen_timestep(leg.density.t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
+            for number in range(micro_steps):
+                with leg.waiting():
+                    batch = next(batches)
+                # Images to latents, prompts to embeddings; noise and timestep come from the image's place in the run, so they outlive any restart.
+                x = family.encode_images(batch.targets)
+                text = family.encode_prompts(batch.prompts)
+                references = [family.encode_images(reference) for reference in batch.references]
+                e = flow.noise(x.shape[1:], leg.noise_keys(batch)).to(device)
+                t = family.seen_timestep(leg.density.t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
 
-            # Gradients are exchanged between processes with the last micro-batch only. The loss is a sum over images divided by the
-            # step's count over all processes, which DDP's mean over processes asks to be multiplied by their number.
-            watch = Multiplied() if leg.multiplied is None else nullcontext()
-            with nullcontext() if number == micro_steps - 1 else run.accelerator.no_sync(leg.wrapped):
-                with watch, precision.autocast():
-                    predicted = family.predict(leg.wrapped, flow.blend(x, e, t), t, text, references)
-                losses = flow.losses(predicted, x, e)
-                precision.scaler.scale(losses.sum() * (processes / batch_sizes.images)).backward()
-            if isinstance(watch, Multiplied):
-                leg.check_multiplied(watch)
-            leg.count(batch, losses.detach())
+                # Gradients are exchanged between processes with the last micro-batch only. The loss is a sum over images divided by the
+                # step's count over all processes, which DDP's mean over processes asks to be multiplied by their number.
+                watch = Multiplied() if leg.multiplied is None else nullcontext()
+                with nullcontext() if number == micro_steps - 1 else run.accelerator.no_sync(leg.wrapped):
+                    with watch, precision.autocast():
+                        predicted = family.predict(leg.wrapped, flow.blend(x, e, t), t, text, references)
+                    losses = flow.losses(predicted, x, e)
+                    precision.scaler.scale(losses.sum() * (processes / batch_sizes.images)).backward()
+                if isinstance(watch, Multiplied):
+                    leg.check_multiplied(watch)
+                leg.count(batch, losses.detach())
 
-        precision.scaler.unscale_(leg.optimizer)
-        leg.check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(leg.trainable.values(), stage.clip or float("inf"))
-        precision.scaler.step(leg.optimizer)
-        precision.scaler.update()
-        leg.optimizer.zero_grad(set_to_none=True)
-        leg.stepped()
+            precision.scaler.unscale_(leg.optimizer)
+            leg.check_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(leg.trainable.values(), stage.clip or float("inf"))
+            precision.scaler.step(leg.optimizer)
+            precision.scaler.update()
+            leg.optimizer.zero_grad(set_to_none=True)
+            leg.stepped()
 
-        # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
-        if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
-            leg.log_step(learning_rate, norm)
-        if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
-            leg.evaluate("during")
-        # A signal is agreed on by all processes; then the step just made is saved and they leave.
-        stopping = run.stop.agreed(run.accelerator)
-        if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
-            leg.save()
-        if stopping and leg.step < stage.steps:
-            run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
-            return None
+            # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
+            if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
+                leg.log_step(learning_rate, norm)
+            if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
+                leg.evaluate("during")
+            # A signal is agreed on by all processes; then the step just made is saved and they leave.
+            stopping = run.stop.agreed(run.accelerator)
+            if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
+                leg.save()
+            if stopping and leg.step < stage.steps:
+                run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
+                return None
 
     return leg.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import pyarrow as pa
 from mixing.bad_rows import RowError, SourceError
 from mixing.images import SUFFIXES
 from mixing.rows import Found, Good
-from mixing.tasks import TASKS, Cells, Columns, choose_columns, to_cells
+from mixing.tasks import TASKS, Asked, Cells, Columns, choose_columns, to_cells
 
 METADATA = "metadata.jsonl"
 
@@ -93,7 +94,7 @@ class JsonLinesListing:
 
     def found(self) -> Iterator[Found]:
         """Every line that is not blank."""
-        keys: set[str] = set()
+        rows_with: Counter[str] = Counter()
         for file in self.files:
             base = os.path.join(self.root, os.path.dirname(file))
             read_path = partial(locate, base=base, roots=(self.root,))
@@ -102,33 +103,28 @@ class JsonLinesListing:
                 if isinstance(row, str):
                     yield Found(place, place, partial(_refuse, row))
                     continue
-                key = self._key(row, base, place, keys)
-                keys.add(key)
+                key = self._target(row, base) or place
+                rows_with[key] += 1
+                if rows_with[key] > 1:
+                    key = f"{key}#{rows_with[key]}"
                 yield Found(place, key, partial(to_cells, row, self.task, self.columns, self.prompt, read_path))
 
     def keep(self, good: Iterable[Good]) -> FileRows:
         """The good rows."""
         return _file_rows(self.root, good)
 
-    def _key(self, row: Mapping[str, object], base: str, place: str, taken: set[str]) -> str:
-        """The target's path, which stays when rows are added before this one; not the line number, which does not."""
+    def _target(self, row: Mapping[str, object], base: str) -> str | None:
+        """The target's path relative to root, or None: a row that names no file is a bad one."""
         match row.get(self.columns.target):
             case str(target) | [str(target)] | {"path": str(target)}:
                 if os.path.isabs(target) and "\0" not in target:
                     target = os.path.realpath(target)
-                first = key = os.path.relpath(os.path.join(base, target), self.root)
+                return os.path.relpath(os.path.join(base, target), self.root)
             case _:
-                return place  # a bad row, whatever else it holds
-        number = 1
-        while key in taken:
-            number += 1
-            key = f"{first}#{number}"
-        return key
+                return None
 
 
-def list_folder(
-    folder: Path, task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None
-) -> CaptionListing | JsonLinesListing:
+def list_folder(folder: Path, task: str, columns: Asked, prompt: str | None) -> CaptionListing | JsonLinesListing:
     """The rows of a folder: those of every metadata.jsonl in it and below, or if there is none, images with captions.
 
     Hidden files and folders are passed over, and so are files that are no images; with a metadata.jsonl, also the
@@ -166,9 +162,7 @@ def list_folder(
     return CaptionListing(root, images, captions, linked_folders, prompt)
 
 
-def list_json_lines(
-    file: Path, task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None
-) -> JsonLinesListing:
+def list_json_lines(file: Path, task: str, columns: Asked, prompt: str | None) -> JsonLinesListing:
     """The rows of one .jsonl file; its images lie in its folder or below. Raises SourceError."""
     return _list_json_lines(os.path.realpath(file.parent), (file.name,), task, columns, prompt)
 
@@ -190,7 +184,7 @@ def locate(name: str, base: str, roots: Sequence[str]) -> Path:
 
 
 def _list_json_lines(
-    root: str, files: tuple[str, ...], task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None
+    root: str, files: tuple[str, ...], task: str, columns: Asked, prompt: str | None
 ) -> JsonLinesListing:
     found: dict[str, None] = {}
     broken = None

@@ -41,8 +41,8 @@ _UPRIGHT = {
 }
 """EXIF orientation to what sets the image upright. From 5 on, height and width change places."""
 
-# What Pillow 12.3 raised over 400,000 damaged files (RuntimeError: AVIF; IndexError: QOI; TypeError: TIFF), and what its
-# ImageFile takes for a broken header. Caught around Pillow's calls alone.
+# What Pillow 12.3 raised over 400,000 damaged files (RuntimeError: AVIF; IndexError: QOI; TypeError: TIFF), and what
+# its ImageFile takes for a broken header. Caught around Pillow's calls alone.
 _BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, IndexError, TypeError, KeyError, EOFError, struct.error)
 
 
@@ -138,7 +138,7 @@ def _content(data: bytes | Path) -> BinaryIO:
 
 
 def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
-    """The image with its header read, and its EXIF orientation (1 is upright). Raises UnreadableImage."""
+    """The image with its header read, and the EXIF orientation that is left to apply. Raises UnreadableImage."""
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -155,6 +155,8 @@ def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
     if width * height > MAX_PIXELS:
         image.close()
         raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} pixels are read; scale it down")
+    if image.format == "TIFF":
+        return image, 1  # Pillow 12.3 gives the upright size here, and turns the pixels itself in load()
     try:
         # Not image.getexif(): PngImageFile's (Pillow 12.3) decodes all pixels where the header has no EXIF.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -183,9 +185,9 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as RGB of 8. Raises UnreadableImage where the file does not say which value is white."""
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if image.mode == "F" and image.format == "TIFF":
+    if image.mode == "F":
         low, high = float(values.min()), float(values.max())
-        if not (-0.01 <= low and high <= 1.01):  # not-a-number fails this too
+        if not (low >= -0.01 and high <= 1.01):  # not-a-number fails this too
             raise UnreadableImage(
                 f"float pixels from {low:g} to {high:g}; allowed is 0 (black) to 1 (white); save as 8 or 16 bits"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from hashlib import blake2b
@@ -153,7 +153,7 @@ class StageMixture(Dataset[MicroBatch]):
         return {(cell.source, cell.signature): cell.drawn_before + int(count) for cell, count in zip(self.order.cells, counts, strict=True)}
 
     def __getitem__(self, request: Any) -> MicroBatch:
-        """Read and decode the images of a request, which `loader` makes. A row that cannot be decoded is replaced by another of its cell."""
+        """Read and decode the images of a request, which `batches` makes. A row that cannot be decoded is replaced by another of its cell."""
         assert isinstance(request, _Request)
         bad: list[BadRow] = []
         examples = []
@@ -183,14 +183,14 @@ class StageMixture(Dataset[MicroBatch]):
             bad=tuple(bad),
         )
 
-    def loader(self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool) -> DataLoader[MicroBatch]:
-        """This process's micro-batches of steps first_step ... last_step - 1, read ahead by worker processes.
+    def batches(self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool) -> Generator[MicroBatch, None, None]:
+        """This process's micro-batches of steps first_step ... last_step - 1, in order, read ahead by worker processes.
 
-        Of each step's M micro-batches process r gets numbers r, r + W, ... Raises ValueError if W does not divide M. The loader holds no
-        state: to resume, ask for one that starts where training stands.
+        Of each step's M micro-batches process r gets numbers r, r + W, ... Raises ValueError if W does not divide M. There is no state: to
+        resume, ask for the step at which training stands. Close it (`contextlib.closing`), and the workers are gone.
         """
         check_processes(self.order.micro_batches, processes)
-        return DataLoader(
+        loader = DataLoader(
             self,
             batch_size=None,
             sampler=_Requests(self.order, first_step, last_step, rank, processes),
@@ -201,6 +201,13 @@ class StageMixture(Dataset[MicroBatch]):
             worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),
         )
+        iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            # An exception's traceback would keep the iterator, and with it the workers, until the interpreter's exit waits for them (torch 2.13).
+            if workers:
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def as_dataset(self, steps: int) -> datasets.IterableDataset:
         """The first steps of the same order as a `datasets.IterableDataset` of rows: step, micro, source, key, prompt; to look at, map or export."""
@@ -245,10 +252,14 @@ def _as_it_is(batch: MicroBatch) -> MicroBatch:
     return batch
 
 
+_LAST_SECONDS = 30
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach the whole process group; a worker that died of them would take the step with it that is to be saved.
+    # Ctrl-C and a cluster's SIGTERM reach the whole process group; a worker that died of them would take with it the step that is to be saved.
+    # But the interpreter ends leftover workers by SIGTERM, and waits for them: so they go a little later, not never.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
     torch.set_num_threads(1)
 
 

@@ -22,7 +22,7 @@ from mixing.tasks import Cells
 MOST_BAD = 0.01
 """Share of a source's rows that may be bad with `on_bad_row: skip`."""
 
-_THREADS = 8  # they hide the waiting on a network file system; a local one is as fast with two
+_THREADS = 8  # they hide the waiting on a network file system; a local one is as fast with one
 _BLOCK = 64  # rows looked at together: bounds the memory of tables whose rows hold whole images
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from mixing.folder import list_folder, list_json_lines
 from mixing.images import UnreadableImage
 from mixing.rows import Listing, Rows, survey
 from mixing.table import list_hub, list_parquet
-from mixing.tasks import TASKS, Example, nearest, to_example
+from mixing.tasks import TASKS, Asked, Example, nearest, to_example
 
 __all__ = ["BadRow", "Source", "SourceError", "UnreadableRow", "open_source"]
 
@@ -66,7 +65,7 @@ def open_source(
     *,
     path: str,
     task: str,
-    columns: Mapping[str, str | Sequence[str]],
+    columns: Asked,
     prompt: str | None,
     split: str,
     on_bad_row: Literal["skip", "stop"],
@@ -88,9 +87,7 @@ def open_source(
     return Source(name, task, seen.num_references, seen.sizes, seen.bad, seen.fingerprint, seen.rows)
 
 
-def _listing(
-    path: str, task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None, split: str, root: Path
-) -> Listing:
+def _listing(path: str, task: str, columns: Asked, prompt: str | None, split: str, root: Path) -> Listing:
     if path.startswith("hub/"):
         dataset = path.removeprefix("hub/")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
@@ -98,14 +95,21 @@ def _listing(
         return list_hub(dataset, split, task, columns, prompt)
     if split != "train":
         raise SourceError(f"split: only Hub datasets have one ('{split}' found); leave it out")
-    place = root / Path(path).expanduser()
-    if place.is_dir():
+    path = os.path.expanduser(path)
+    place = root / path
+    if os.path.isdir(place):
         return list_folder(place, task, columns, prompt)
     if path.endswith(".parquet"):
-        return list_parquet(str(place), task, columns, prompt)
-    if not place.exists():
-        beside = os.listdir(place.parent) if place.parent.is_dir() else []
-        raise SourceError(f"no such file or folder; a source is {KINDS}{nearest(place.name, beside)}")
+        return list_parquet(path, root, task, columns, prompt)
+    if not os.path.exists(place):
+        raise SourceError(f"no such file or folder; a source is {KINDS}{nearest(place.name, _names_in(place.parent))}")
     if place.suffix != ".jsonl":
         raise SourceError(f"it cannot be read; a source is {KINDS}")
     return list_json_lines(place, task, columns, prompt)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

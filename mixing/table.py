@@ -5,20 +5,21 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from pyarrow import parquet
 
 from mixing.bad_rows import RowError, SourceError
 from mixing.folder import locate
 from mixing.rows import Found, Good
-from mixing.tasks import Cells, Columns, choose_columns, to_cells
+from mixing.tasks import Asked, Cells, Columns, choose_columns, to_cells
 
 _AT_ONCE = 16  # rows taken out of the table together while it is looked through; each may hold megabytes
 _MOST_FILES = 1_000_000
@@ -90,41 +91,41 @@ class TableRows:
         return locate(name, base or self.roots[0], self.roots)
 
 
-def list_parquet(pattern: str, task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None) -> TableRows:
+def list_parquet(pattern: str, root: Path, task: str, columns: Asked, prompt: str | None) -> TableRows:
     """The rows of .parquet files: one, or those of a pattern with `*`, `?`, `[...]`, `**`, {000..063} and {a,b}.
 
     `datasets` writes the rows into its cache as Arrow files, once, and maps these into memory. Raises SourceError.
     """
-    files = _files(pattern)
-    folder = _fixed_folder(pattern)
-    parts = []
-    for file in files:
+    folder = os.path.join(root, _fixed_folder(pattern))
+    parts: dict[str, Part] = {}
+    for file in _files(pattern, root):
         try:
             num_rows = parquet.read_metadata(file).num_rows
         except _REFUSED as error:
-            raise SourceError(f"{file} is not a readable parquet file: {_first_line(error)}") from error
-        parts.append(Part(os.path.relpath(file, folder), num_rows, os.path.realpath(os.path.dirname(file))))
+            raise SourceError(f"{file} is not a readable parquet file: {_said(error)}") from error
+        if num_rows:  # datasets 5.2 cannot read a file without rows
+            parts[file] = Part(os.path.relpath(file, folder), num_rows, os.path.realpath(os.path.dirname(file)))
+    if not parts:
+        raise SourceError("it holds no rows")
     try:
-        table = datasets.Dataset.from_parquet([glob.escape(file) for file in files])
+        table = datasets.Dataset.from_parquet([glob.escape(file) for file in parts])
     except _REFUSED as error:
-        raise SourceError(f"{pattern} cannot be read: {_first_line(error)}") from error
-    if len(table) != (num_rows := sum(part.num_rows for part in parts)):
+        raise SourceError(f"{pattern} cannot be read: {_said(error)}") from error
+    if len(table) != (num_rows := sum(part.num_rows for part in parts.values())):
         raise SourceError(f"{pattern} holds {num_rows} rows and {len(table)} were read; is it still being written?")
-    return _rows(table, tuple(parts), (os.path.realpath(folder),), task, columns, prompt)
+    return _rows(table, tuple(parts.values()), (os.path.realpath(folder),), task, columns, prompt)
 
 
-def list_hub(
-    name: str, split: str, task: str, columns: Mapping[str, str | Sequence[str]], prompt: str | None
-) -> TableRows:
+def list_hub(name: str, split: str, task: str, columns: Asked, prompt: str | None) -> TableRows:
     """The rows of one split of a dataset of the Hub, USER/NAME. Raises SourceError."""
     try:
         table = datasets.load_dataset(name, split=split)
     except _REFUSED as error:
-        raise SourceError(f"dataset {name}, split '{split}', cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"dataset {name}, split '{split}', cannot be loaded: {_said(error)}") from error
     # load_dataset takes a folder USER/NAME, where the command is typed, for the dataset; else files lie in its caches.
     base = os.path.realpath(name) if os.path.isdir(name) else None
     config = datasets.config
-    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.HF_CACHE_HOME)
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
     roots = (base,) if base else tuple(os.path.realpath(folder) for folder in caches)
     return _rows(table, (Part(split, len(table), base),), roots, task, columns, prompt)
 
@@ -134,7 +135,7 @@ def _rows(
     parts: tuple[Part, ...],
     roots: tuple[str, ...],
     task: str,
-    asked: Mapping[str, str | Sequence[str]],
+    asked: Asked,
     prompt: str | None,
 ) -> TableRows:
     columns = choose_columns(task, table.column_names, asked, prompt)
@@ -144,14 +145,18 @@ def _rows(
     return TableRows(stored, parts, ends, np.arange(len(table), dtype=np.int64), roots, task, columns, prompt)
 
 
-def _files(pattern: str) -> list[str]:
+def _files(pattern: str, root: Path) -> list[str]:
     """The files of a pattern, each once: braces in their order, within each sorted. Raises SourceError if one lacks."""
     files: dict[str, None] = {}
     for name in _braces(pattern):
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
-        found = [file for file in found if os.path.isfile(file)]
+        named = (
+            [name]
+            if os.path.isfile(os.path.join(root, name))
+            else sorted(glob.glob(name, root_dir=root, recursive=True))
+        )
+        found = [file for each in named if os.path.isfile(file := os.path.join(root, each))]
         if not found:
-            raise SourceError(f"no file {name}" if name == pattern else f"no file {name}, which {pattern} names")
+            raise SourceError(f"no file {name}" + ("" if name == pattern else f", which {pattern} names"))
         files.update(dict.fromkeys(found))
     return list(files)
 
@@ -178,8 +183,10 @@ def _braces(pattern: str) -> list[str]:
 def _fixed_folder(pattern: str) -> str:
     """The folder above everything that a pattern can name."""
     fixed = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
-    return os.path.dirname(fixed) or "."
+    return os.path.dirname(fixed)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _said(error: BaseException) -> str:
+    """What an error says, and what caused it, on one line."""
+    said = " ".join(str(error).split())[:400] or type(error).__name__
+    return f"{said}: {_said(error.__cause__)}" if error.__cause__ is not None else said

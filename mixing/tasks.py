@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from PIL import Image
 
@@ -25,6 +26,11 @@ class TaskRoles:
     """Whether a row has one or more reference images; if not, it has none."""
 
 
+Role = Literal["target", "reference", "prompt"]
+
+Asked = Mapping[Role, str | Sequence[str]]
+"""Role to the column or columns that a plan names for it."""
+
 TASKS: Mapping[str, TaskRoles] = MappingProxyType(
     {
         "text_to_image": TaskRoles(references=False),
@@ -35,7 +41,7 @@ TASKS: Mapping[str, TaskRoles] = MappingProxyType(
     }
 )
 
-USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+USUAL_NAMES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         "target": ("image", "target", "output_image"),
         "reference": ("reference", "references", "input_images", "source"),
@@ -85,9 +91,7 @@ class Example:
     references: tuple[Image.Image, ...]
 
 
-def choose_columns(
-    task: str, found: Iterable[str], asked: Mapping[str, str | Sequence[str]], prompt: str | None
-) -> Columns:
+def choose_columns(task: str, found: Iterable[str], asked: Asked, prompt: str | None) -> Columns:
     """Say which of the columns found plays which role: the one asked for, or the only one with a usual name.
 
     A column `X_file_name` or `X_file_names` also answers to X, and `file_name` to image, as in a metadata.jsonl for
@@ -193,7 +197,7 @@ def _kind(value: object) -> str:
     return words.get(type(value), type(value).__name__)
 
 
-def _one(role: str, columns: Sequence[str], asked: Mapping[str, str | Sequence[str]]) -> str | None:
+def _one(role: Role, columns: Sequence[str], asked: Asked) -> str | None:
     """The column of a role that has one, or None."""
     if role in asked:
         names = _names(asked[role])
@@ -203,7 +207,7 @@ def _one(role: str, columns: Sequence[str], asked: Mapping[str, str | Sequence[s
     return _usual(role, columns)
 
 
-def _references(columns: Sequence[str], asked: Mapping[str, str | Sequence[str]]) -> tuple[str, ...]:
+def _references(columns: Sequence[str], asked: Asked) -> tuple[str, ...]:
     if "reference" in asked:
         return tuple(_existing("reference", name, columns) for name in _names(asked["reference"]))
     column = _usual("reference", columns)
@@ -214,7 +218,7 @@ def _names(asked: str | Sequence[str]) -> tuple[str, ...]:
     return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
-def _usual(role: str, columns: Sequence[str]) -> str | None:
+def _usual(role: Role, columns: Sequence[str]) -> str | None:
     """The only column with a usual name of the role, or None. Raises SourceError if there are several."""
     present = [column for name in USUAL_NAMES[role] if (column := _answering(name, columns)) is not None]
     if len(present) > 1:
@@ -229,14 +233,14 @@ def _answering(name: str, columns: Sequence[str]) -> str | None:
     return next((each for each in names if each in columns), None)
 
 
-def _existing(role: str, name: str, columns: Sequence[str]) -> str:
+def _existing(role: Role, name: str, columns: Sequence[str]) -> str:
     column = _answering(name, columns)
     if column is None:
         raise SourceError(f"columns.{role}: no column '{name}' (columns: {_listed(columns)}){nearest(name, columns)}")
     return column
 
 
-def _missing(role: str, columns: Sequence[str]) -> str:
+def _missing(role: Role, columns: Sequence[str]) -> str:
     usual = ", ".join(USUAL_NAMES[role])
     return (
         f"no column for the {role} (columns: {_listed(columns)}); usual names are {usual}; "

@@ -18,11 +18,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) 
     return torch.optim.AdamW(list(parameters.values()), lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
 
 
-def rate_at(step: int, steps: int, rate: LearningRate, warmup: int) -> float:
-    """The learning rate of step `step`, counted from 0, of a stage of `steps`.
+def rate_at(step: int, steps: int, rate: LearningRate) -> float:
+    """The learning rate of step `step`, counted from 0, of a stage of `steps`. rate: resolved, so that its warm-up is a number.
 
     Linear from `warmup_from` at step 0 to `peak` at step `warmup`; from there to `floor` at the last step, straight, by a cosine, or not at all.
     """
+    warmup = rate.warmup
+    assert warmup is not None
     if step < warmup:
         return rate.warmup_from + (rate.peak - rate.warmup_from) * step / warmup
     if rate.schedule == "constant":

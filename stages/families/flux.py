@@ -44,7 +44,7 @@ class Flux:
         self.repo, self.revision, self.device = repo, revision, device
         encoder = torch.float32 if device.type == "cpu" else torch.bfloat16
         kept = {} if (config := FluxPipeline.load_config(repo, revision=revision)).get("vae", [None])[0] else {"vae": None}
-        self.pipeline = FluxPipeline.from_pretrained(repo, revision=revision, transformer=None, torch_dtype=encoder, **kept)
+        self.pipeline = FluxPipeline.from_pretrained(repo, revision=revision, transformer=None, dtype=encoder, **kept)
         self.pipeline_class = str(config["_class_name"])
         self.vae: AutoencoderKL | None = self.pipeline.vae
         if self.vae is not None:
@@ -62,7 +62,7 @@ class Flux:
     def load_transformer(self, storage: torch.dtype, weights: Path | None) -> nn.Module:
         """A frozen transformer in evaluation mode, stored in `storage`, from the model's folder or with the weights of a safetensors file."""
         if weights is None:
-            model = FluxTransformer2DModel.from_pretrained(self.repo, subfolder="transformer", revision=self.revision, torch_dtype=storage)
+            model = FluxTransformer2DModel.from_pretrained(self.repo, subfolder="transformer", revision=self.revision, dtype=storage)
         else:
             config = FluxTransformer2DModel.load_config(self.repo, subfolder="transformer", revision=self.revision)
             model = FluxTransformer2DModel.from_config(config).to(storage)
