@@ -35,6 +35,12 @@ class Checkpoint:
         """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
 
+    def hash_of(self, name: str) -> str | None:
+        """The SHA-256 of the file of the tensors of this name, or None if there are none."""
+        manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        entry = manifest["files"].get(f"{name}.safetensors")
+        return str(entry["sha256"]) if entry else None
+
     def file(self, name: str) -> Path:
         """The file of the tensors of this name."""
         return self.folder / f"{name}.safetensors"

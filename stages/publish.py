@@ -81,6 +81,20 @@ def write_adapter(path: Path, weights: Mapping[str, Tensor], adapter: Adapter, n
     modules = sorted({name.split(".lora_")[0] for name in weights})
     config = {"transformer.r": adapter.rank, "transformer.lora_alpha": adapter.rank, "transformer.target_modules": modules}
     save_file(baked, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True), **notes})
+    sort_header(path)
+
+
+def sort_header(path: Path) -> None:
+    """Put a safetensors file's metadata in order: the library (0.8) writes it in another order each time, and equal runs must end in equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise PublishError(f"{path}: its header cannot be put in order")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None) -> str:

@@ -277,8 +277,8 @@ def _locked(folder: Path, main: bool) -> Iterator[None]:
         return
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its lock is not inherited by data workers that outlive a kill
+        except OSError:
             raise PlanError.at(str(folder), "another launch is training in this folder; wait for it, or pass --out") from None
         yield
 
@@ -301,7 +301,7 @@ def open_selections(plan: Plan, root: Path) -> dict[str, Selection]:
             take = source.take
             selections[name] = select(opened, take.count if take else None, take.by if take else "random", take.seed if take else 0, plan.evaluate.rows)
         except (SourceError, ValueError) as error:
-            raise PlanError.at(f"sources.{name}", str(error)) from None
+            raise PlanError.at("", str(error)) from None
     return selections
 
 
@@ -385,8 +385,7 @@ def finish(run: Run) -> None:
     checkpoint = run.last
     assert checkpoint is not None
     stage = run.plan.stages[-1]
-    mark = json.loads((checkpoint.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    identity = json.dumps(mark, sort_keys=True)
+    identity = checkpoint.hash_of("ema" if checkpoint.has("ema") else "adapter")
     published = run.folder / "adapter" / ADAPTER_FILE
     model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
@@ -407,7 +406,7 @@ def finish(run: Run) -> None:
             del model, trainable
             versions = environment(run.accelerator)["versions"]
             base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
-            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": identity, "medley.model": run.fingerprint}
+            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": identity or "", "medley.model": run.fingerprint}
             card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
             sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
             difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)

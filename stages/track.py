@@ -49,7 +49,7 @@ class Log:
     def say(self, message: str) -> None:
         """Print a line, in rich's markup."""
         if self.main:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, soft_wrap=True)
 
     def warn(self, message: str, stage: str, step: int) -> None:
         """Print a warning and record it."""

@@ -417,7 +417,7 @@ def test_moving_average_stands_in_the_table_with_the_raw_weights_beside_it(tmp_p
     html, words = report_of(tmp_path)
     assert "<b>0.222</b>" in html
     assert "raw weights 0.333" in words
-    assert "Of the moving average in a." in words
+    assert "Of the moving average in every stage." in words
     assert "| photos | a     |         0.222 |" in first_table(tmp_path)
 
 

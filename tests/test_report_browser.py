@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_report import quickstart_events, write_quickstart_run
 
 from stages.report import write_report
-from test_report import quickstart_events, write_quickstart_run
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
@@ -43,6 +43,9 @@ for (const svg of document.querySelectorAll('.chart > svg')) {
       if (across > 1 && down > 4) found.push(text + ' lies over ' + other + ' in ' + svg.querySelector('title').textContent);
     }
   });
+}
+for (const part of document.querySelectorAll('.cell > *')) {
+  if (part.scrollWidth > part.clientWidth + 1) found.push(part.textContent + ' is wider than its place in the first table');
 }
 return found;
 """

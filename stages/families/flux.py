@@ -65,8 +65,9 @@ class Flux:
             model = FluxTransformer2DModel.from_pretrained(self.repo, subfolder="transformer", revision=self.revision, dtype=storage)
         else:
             config = FluxTransformer2DModel.load_config(self.repo, subfolder="transformer", revision=self.revision)
-            model = FluxTransformer2DModel.from_config(config).to(storage)
+            model = FluxTransformer2DModel.from_config(config)
             model.load_state_dict(load_file(weights))
+            model = model if storage == torch.float32 else model.to(storage)
         module: nn.Module = model.requires_grad_(False).eval().to(self.device)
         return module
 

@@ -26,7 +26,7 @@ STYLE = """
   --c6: #5cc0d3; --c7: #a6b1c0; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 -apple-system, BlinkMacSystemFont,
+body { margin: 0; overflow-wrap: break-word; background: var(--paper); color: var(--ink); font: 15px/1.55 -apple-system, BlinkMacSystemFont,
   "Segoe UI", Roboto, Inter,
   "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; }
 main { max-width: 1204px; margin: 0 auto; padding: 52px 24px 72px; }
@@ -48,7 +48,7 @@ nav { margin-top: 26px; padding: 10px 0; border-top: 1px solid var(--line); bord
   flex-wrap: wrap; gap: 2px 18px; color: var(--soft); }
 nav a { text-decoration: none; }
 nav a:hover { color: var(--ink); text-decoration: underline; }
-.verdict { font-size: 18px; line-height: 1.5; margin: 22px 0 0; max-width: 70ch; }
+.verdict { overflow-wrap: anywhere; font-size: 18px; line-height: 1.5; margin: 22px 0 0; max-width: 70ch; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 18px 24px;
   margin: 26px 0 0; }
 .facts dt { font-size: 12.5px; color: var(--soft); }
@@ -57,13 +57,14 @@ nav a:hover { color: var(--ink); text-decoration: underline; }
 .strip { display: flex; flex-wrap: wrap; gap: 14px; margin: 26px 0 0; padding: 0; list-style: none; }
 .strip li { flex: 1 1 220px; min-width: 0; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; padding: 14px 16px 15px; }
-.strip h3 { font-size: 16px; display: flex; justify-content: space-between; gap: 8px; margin-bottom: 8px; }
+.strip h3 { font-size: 16px; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 8px; margin-bottom: 8px; }
 .strip h3 span { font-weight: 400; font-size: 13px; color: var(--soft); white-space: nowrap; }
-.strip h3 b { font-weight: 620; }
+h3 b { font-weight: 620; min-width: 0; }
 .strip p { font-size: 13.5px; margin: 0; line-height: 1.6; }
 .strip .stacked { margin-top: 10px; }
 .strip .legend { color: var(--soft); font-size: 12.5px; margin-top: 5px; }
-.legend span { white-space: nowrap; margin-right: 10px; }
+.legend span { display: inline-block; max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  margin-right: 10px; vertical-align: bottom; }
 .swatch { display: inline-block; width: 9px; height: 9px; border-radius: 2.5px; margin-right: 6px; }
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 6px 18px; }
@@ -93,7 +94,7 @@ svg circle { stroke: var(--card); stroke-width: 1; }
 .stacked rect { stroke: var(--card); stroke-width: 1; }
 .bullet .track { fill: var(--track); }
 .bullet .asked { fill: var(--ink); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { font-weight: 600; text-align: left; }
 thead th { color: var(--soft); font-weight: 500; font-size: 12.5px; vertical-align: bottom; }
@@ -107,16 +108,19 @@ td.n + td:not(.n), th.n + th:not(.n) { padding-left: 12px; }
 .grouped tbody tr.first:first-child > * { border-top: 0; }
 .losses thead th:not(:first-child) b { color: var(--ink); font-size: 14px; font-weight: 620; }
 .error { color: var(--soft); font-size: .88em; }
-.cell { display: grid; grid-template-columns: minmax(50px, 1fr) 118px 118px; gap: 0 6px; text-align: right;
+.cell { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 0 6px; font-size: 13.5px; text-align: right;
   white-space: nowrap; align-items: baseline; }
+.cell > * { min-width: calc((11.6 + var(--digits)) * 1ch); }
+.cell > :first-child { min-width: 3.8em; flex: 1 0 auto; }
 .losses th + *, .losses td { border-left: 1px solid var(--line); padding: 9px 10px; }
 .losses th[scope=row] { min-width: 9em; max-width: 15em; overflow-wrap: anywhere; }
 .losses td:last-child, .losses th:last-child { padding-right: 0; }
-.losses thead .head { display: block; text-align: left; white-space: nowrap; margin-bottom: 2px; }
+.losses thead .head { display: block; text-align: left; min-width: 9em; overflow-wrap: anywhere; margin-bottom: 2px; }
 .cell b { font-size: 15px; font-weight: 640; }
-.cell .raw { grid-column: 1 / -1; font-size: 12.5px; color: var(--soft); }
+.cell .raw { flex: 0 0 100%; grid-column: 1 / -1; font-size: 12.5px; color: var(--soft); }
 .cell .lead { display: none; }
-.many .cell { grid-template-columns: 1fr; }
+.many .cell { flex-direction: column; align-items: flex-end; }
+.many .cell > :first-child { flex: none; }
 .mark { display: inline-block; width: 1.25em; text-align: center; font-size: 11.5px; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
@@ -149,7 +153,7 @@ pre { margin: 0 0 14px; padding: 14px 16px; background: var(--card); border: 1px
   font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; tab-size: 2; }
 footer { margin-top: 56px; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
 @media (min-width: 900px) { .all svg .tick.wide { display: inline; } .all svg .tick.narrow { display: none; } }
-@media (max-width: 1239px) { .cell { grid-template-columns: 1fr; } .cell > * { justify-self: end; } }
+@media (max-width: 1239px) { .cell { flex-direction: column; align-items: flex-end; } .cell > :first-child { flex: none; } }
 @media (max-width: 680px) {
   main { padding: 30px 16px 48px; }
   h1 { font-size: 30px; }
@@ -169,20 +173,21 @@ footer { margin-top: 56px; font-size: 13px; color: var(--soft); overflow-wrap: a
   .losses tr:last-child { border-bottom: 0; }
   .losses tbody th { padding: 0 0 4px; border: 0; font-size: 14.5px; }
   .losses th + *, .losses td { padding: 4px 0; border: 0; }
-  .cell, .many .cell { grid-template-columns: minmax(0, 1fr) 9.2em 9.2em; font-size: 12.5px; gap: 0 4px; }
-  .cell > * { justify-self: stretch; }
+  .cell, .many .cell { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; font-size: 12.5px; gap: 0 4px; }
   .cell .lead { display: block; font-size: 11.5px; color: var(--soft); font-weight: 400; overflow: hidden;
     text-overflow: ellipsis; }
-  .cell > :first-child { text-align: left; }
+  .cell > :first-child { text-align: left; min-width: 0; }
 }
 @media print {
+  :root { --paper: #ffffff; }
   body { font-size: 11pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   section { margin-top: 28px; }
   h2, .note { break-after: avoid; }
   tr, .strip li { break-inside: avoid; }
-  .grid { grid-template-columns: repeat(2, 1fr); }
+  .grid, .grid.two { grid-template-columns: repeat(2, 1fr); }
+  .card { break-inside: avoid; }
   .wide, pre { overflow: visible; }
   pre { white-space: pre-wrap; }
 }

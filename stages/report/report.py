@@ -25,6 +25,8 @@ from stages.report.values import finite, mapping, numbers, text, whole
 MOST_ROWS = 200
 """Rows of the ledger, of the launches and of the warnings."""
 MOST_HANDOFFS = 24
+MOST_NAMED = 12
+"""Sources named below a stage's bar."""
 MOST_TEXT = 60_000
 """Characters of the plan and of the environment that are shown."""
 
@@ -140,8 +142,9 @@ def _strip(record: Record) -> str:
         ]
         legend = "".join(
             f'<span><i class="swatch" style="background:var({c})"></i>{escape(name)} {share / total * 100:.3g} %</span> '
-            for name, share, c in parts
+            for name, share, c in parts[:MOST_NAMED]
         )
+        legend += f"<span>and {len(parts) - MOST_NAMED} more</span>" if len(parts) > MOST_NAMED else ""
         bar = stacked(f"Mix asked for in {stage.name}", parts) + f'<p class="legend">{legend}</p>' if parts else ""
         items.append(
             f"<li><h3><b>{stage.index} {escape(stage.name)}</b><span>{escape(state)}</span></h3>{lines}{bar}</li>"

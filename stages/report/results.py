@@ -142,11 +142,12 @@ def losses(record: Record) -> str:
         '<span class="mark better">▼</span>lower, so better, and <span class="mark worse">▲</span>higher, so worse, by more than three standard errors; '
         '<span class="mark">·</span>no clear change. ± is one standard error of the change, paired over the same rows, noise and timesteps.'
     )
-    note += f" Of the moving average in {escape(', '.join(averaged))}." if averaged else ""
+    where = "every stage" if len(averaged) == len(stages) else escape(", ".join(averaged))
+    note += f" Of the moving average in {where}." if averaged else ""
     hidden = sum(1 for stage in record.begun if stage.latest) - len(stages)
     note += f" The {hidden} stages before these are not shown." if hidden > 0 else ""
     kind = "losses many" if len(stages) > 3 else "losses"
-    body = f'<table class="{kind}"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    body = f'<table class="{kind}" style="--digits:{digits}"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return section("loss", "Is each source getting better?", note, f'<div class="card wide" tabindex="0">{body}</div>')
 
 

@@ -1,0 +1,166 @@
+"""Whole runs on tiny models and tiny images, in forked processes that share one import of torch, and can be killed at any point."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import tiny_flux
+from PIL import Image
+from ruamel.yaml import YAML
+
+import train
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220)}
+
+
+def make_data(folder: Path, rows: int = 24) -> Path:
+    """Two sources of one image size: `photos` with captions, `edits` with a reference."""
+    draw = np.random.default_rng(0)
+    photos, edits = folder / "photos", folder / "edits"
+    photos.mkdir(parents=True)
+    edits.mkdir()
+    lines = []
+    for number in range(rows):
+        name, colour = list(COLOURS.items())[number % 3]
+        pixels = np.full((12, 12, 3), colour, dtype=np.uint8)
+        pixels[3:9, 3:9] = draw.integers(0, 255, (6, 6, 3))
+        Image.fromarray(pixels).save(photos / f"{number:03d}.png")
+        (photos / f"{number:03d}.txt").write_text(f"a {name} square")
+        Image.fromarray(pixels).save(edits / f"{number:03d}-from.png")
+        Image.fromarray(255 - pixels).save(edits / f"{number:03d}-to.png")
+        lines.append(json.dumps({"instruction": f"make it {name}", "reference": f"{number:03d}-from.png", "target": f"{number:03d}-to.png"}))
+    (edits / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def make_world(folder: Path) -> Path:
+    """Data and a tiny pixel-space model."""
+    make_data(folder / "data")
+    tiny_flux(folder / "model", pixels=True)
+    return folder
+
+
+def plan_of(world: Path, **changes: Any) -> dict[str, Any]:
+    """Three stages: full float32, adapter bf16, adapter float32 with a moving average."""
+    stage = {"steps": 6, "resolution": 8, "batch": {"images": 8, "micro": 4}, "lr": 0.01}
+    plan = {
+        "name": "tiny",
+        "seed": 3,
+        "model": str(world / "model"),
+        "adapter": {"rank": 2, "alpha": 4},
+        "sources": {"photos": {"path": str(world / "data" / "photos")}, "edits": {"path": str(world / "data" / "edits" / "rows.jsonl"), "task": "edit"}},
+        "stages": [
+            {**stage, "name": "found", "train": "full", "precision": "fp32", "mix": {"photos": 1}},
+            {**stage, "name": "expose", "precision": "bf16"},
+            {**stage, "name": "refine", "precision": "fp32", "mix": {"photos": 3, "edits": 1}, "ema": 0.9, "lr": {"peak": 0.01, "schedule": "cosine"}},
+        ],
+        "evaluate": {"rows": 2},
+        "previews": {"rows": 1, "steps": 2},
+        "save_every": 2,
+        "log_every": 2,
+        "workers": 0,
+        "track": "none",
+    }
+    return {**plan, **changes}
+
+
+def write_plan(path: Path, plan: Mapping[str, Any]) -> Path:
+    """Write a plan as YAML."""
+    with path.open("w") as file:
+        YAML(typ="safe").dump(dict(plan), file)
+    return path
+
+
+def _count_events(limit: int | None, record: Path | None) -> None:
+    """In a forked process: count optimizer steps, syncs and renames; die by kill -9 at number `limit`, or write the count to `record` at each."""
+    count = 0
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if limit is not None and count >= limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if record:
+                record.write_text(str(count))
+            return original(*arguments, **named)
+
+        setattr(owner, name, counted)
+
+    wrap(torch.optim.AdamW, "step")
+    wrap(os, "fsync")
+    wrap(os, "rename")
+    wrap(os, "replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None = None, record: Path | None = None, output: Path | None = None, timeout: int = 120) -> list[int]:
+    """Run train.py in forked processes; return their exit codes, -9 for one that was killed. kill_at: after so many events of the main one, all die."""
+    port = _free_port()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(timeout)
+                log = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                if processes > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                if rank == 0 and (kill_at is not None or record):
+                    _count_events(kill_at, record)
+                code = train.main(arguments)
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = []
+    for rank, child in enumerate(children):
+        _, status = os.waitpid(child, 0)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if rank == 0 and codes[0] != 0:
+            for other in children[1:]:
+                os.kill(other, signal.SIGKILL)
+    return codes
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    """The published adapter."""
+    return (folder / "adapter" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of one kind."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def copy_run(source: Path, place: Path) -> Path:
+    """A copy of a run folder."""
+    shutil.copytree(source, place)
+    return place
