@@ -28,7 +28,6 @@ from stages.plan import Plan, Stage, resolved_batch, resolved_rate
 from stages.reader import PlanError, ReadPlan, read_plan
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
-    from mixing.mixture import StageMixture
     from stages.checkpoint import Checkpoint
     from stages.run import Run
 

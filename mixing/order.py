@@ -10,7 +10,7 @@ Micro-batches are shared out among the signatures, and the images of a signature
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
@@ -78,7 +78,9 @@ class Quota:
 
     def __init__(self, weights: Sequence[int]) -> None:
         self.weights = tuple(int(weight) for weight in weights)
-        assert self.weights and min(self.weights) > 0 and sum(self.weights) < 2**31
+        assert self.weights
+        assert min(self.weights) > 0
+        assert sum(self.weights) < 2**31
         leaves = tuple(range(len(self.weights)))
         tree = min(_every_tree(leaves), key=lambda t: _worst(t, self.weights)) if len(leaves) <= _SEARCHED else _huffman(self.weights)
         self.bound = _worst(tree, self.weights)
@@ -190,7 +192,9 @@ class Order:
     """
 
     def __init__(self, seed: int, stage: str, cells: Sequence[Cell], images: int, micro: int) -> None:
-        assert cells and images % micro == 0 and min(cell.rows for cell in cells) > 0
+        assert cells
+        assert images % micro == 0
+        assert min(cell.rows for cell in cells) > 0
         self.cells = tuple(cells)
         self.images, self.micro, self.micro_batches = images, micro, images // micro
         self._key = key(seed, "order", stage)

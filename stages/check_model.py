@@ -74,7 +74,7 @@ def read_folder(folder: str) -> ModelFolder:
     index = _config(folder, "model_index.json", "so it is no folder in the diffusers layout")
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
-        raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(FAMILIES))}{nearest(pipeline, FAMILIES)}")
+        raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[pipeline]
     multiple, takes_guidance = _FAMILY_FACTS[family](folder, index)
     return ModelFolder(pipeline, family, multiple, takes_guidance)

@@ -113,14 +113,16 @@ def _folder(source: Source, place: str) -> int | None:
     if not images:
         tables = sorted(name for name in files.names if name.endswith((".jsonl", ".parquet")))
         hint = f"; it holds {quoted(tables[0])}: name the file in `path`" if tables else ""
-        raise _Wrong(f"{shown} holds no images ({len(files.names)} files of other kinds){hint}")
+        others = "1 file of another kind" if len(files.names) == 1 else f"{len(files.names):,} files of other kinds"
+        raise _Wrong(f"{shown} holds no images ({others}){hint}")
     if source.task != "text_to_image":
         message = f"{source.task} needs references, and a folder of captioned images has none; write a {METADATA} into {shown}"
         raise _Wrong(message, "task")
     if source.columns:
         raise _Wrong(f"{shown} is a folder of captioned images, which has no columns; remove it", "columns")
     if source.prompt is None and not any(_suffix(name) == ".txt" for name in files.names):
-        message = f"{shown} holds {images} images and no caption; write a .txt of the same name beside each, or give `prompt`"
+        counted = "1 image" if images == 1 else f"{images:,} images"
+        message = f"{shown} holds {counted} and no caption; write a .txt of the same name beside each, or give `prompt`"
         raise _Wrong(message)
     return images if files.is_whole else None
 

@@ -33,7 +33,8 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
+        tensors: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
+        return tensors
 
     def hash_of(self, name: str) -> str | None:
         """The SHA-256 of the file of the tensors of this name, or None if there are none."""
@@ -78,7 +79,7 @@ def write_checkpoint(stage_folder: Path, step: int, tensors: Mapping[str, Mappin
     else:
         partial.rename(place)
     sync(stage_folder)
-    return sum(int(entry["bytes"]) for entry in files.values())
+    return sum((place / name).stat().st_size for name in files)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

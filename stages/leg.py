@@ -344,6 +344,9 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
             micro=sizes.micro,
             drawn_before=run.drawn_before(),
         )
+    except ValueError as error:
+        raise PlanError.at(f"{place}.mix", str(error)) from None
+    try:
         base, base_outputs, _ = run.base(stage)
         baton = run.baton
         if checkpoint and stage.train == "full":
@@ -352,7 +355,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         if checkpoint and stage.train != "full":
             load_adapter_weights(model, checkpoint.tensors("adapter"), str(checkpoint.folder))
     except ValueError as error:
-        raise PlanError.at(place, str(error)) from None
+        raise PlanError.at("", str(error)) from None
     precision = StagePrecision(stage.precision, device)
     average = Average(trainable, stage.ema) if stage.ema is not None else None
     optimizer = make_optimizer(trainable, stage.optimizer)

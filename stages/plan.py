@@ -158,7 +158,7 @@ class Stage(_Word):
     """Images per optimizer step over all processes: a number, or {images, micro}."""
     resolution: Annotated[int, Field(strict=True, ge=1, le=16384)]
     """Side of the square, in pixels, to which images are scaled and centre-cropped."""
-    mix: Literal["natural"] | Power | dict[str, Share] = "natural"
+    mix: Annotated[Literal["natural"] | Power | dict[str, Share], Field(union_mode="left_to_right")] = "natural"
     """Shares of the sources, counted in images: `natural` (by size after `take`), {power: 0.5} (by size to that power), or shares by name
     (any numbers of at least 0; they are normalised). A source that is not named is not drawn."""
     precision: Precision = "bf16"

@@ -55,13 +55,13 @@ class StagePrecision:
         return contextlib.nullcontext() if self.mode == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
 
 
-class Multiplied(TorchDispatchMode):
+class Multiplied(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the matrix products made inside it, by the dtype of their operands as they reach the device: beneath autocast, so what it says is what happened."""
 
     _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_dot_product")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtypes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

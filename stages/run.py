@@ -6,6 +6,7 @@ import fcntl
 import json
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mixing.mixture import Selection, select
+from mixing.mixture import Selection, check_processes, select
 from mixing.source import SourceError, open_source
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
@@ -32,7 +33,7 @@ from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
 from stages.handoff import ADAPTER_FILE, Baton, build_model, probe, probe_batches, read_baton, read_start
 from stages.ledger import dropped_rows
-from stages.plan import Plan, Stage, resolved_storage
+from stages.plan import Plan, Stage, resolved_batch, resolved_storage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
 from stages.publish import model_card, publish_adapter
 from stages.reader import PlanError, resolved, to_yaml
@@ -235,6 +236,12 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
     (folder / "stages").mkdir(exist_ok=True)
     (folder / "evaluations").mkdir(exist_ok=True)
     with _locked(folder, accelerator.is_main_process):
+        for index, stage in enumerate(plan.stages):
+            batch = resolved_batch(stage)
+            try:
+                check_processes(batch.images // (batch.micro or batch.images), accelerator.num_processes)
+            except ValueError as error:
+                raise PlanError.at(f"stages[{index}].batch", str(error)) from None
         selections = open_selections(plan, Path.cwd())
         model = fingerprint(plan.model)
         checkpoints: list[Checkpoint | None] = []
@@ -245,7 +252,10 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
                 _compare(folder, index, stage, found, recorded(plan, stage, model, selections))
         _compare_names(plan, folder)
         newest = next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint), None)
-        log = Log(folder, accelerator, console, newest.state["metrics_bytes"] if newest else 0)
+        # What a killed run wrote after its newest checkpoint is cut off, for it will be done again; a run that was published is done.
+        last = checkpoints[-1]
+        keep_bytes = sys.maxsize if last and is_published(folder, last) else newest.state["metrics_bytes"] if newest else 0
+        log = Log(folder, accelerator, console, keep_bytes)
         written = Trace(folder, newest.state["trace_bytes"] if newest else 0) if trace and accelerator.is_main_process else None
         run = Run(plan, folder, accelerator, selections, checkpoints, log, trace, written, stop, model)
         for message in said:
@@ -385,14 +395,12 @@ def finish(run: Run) -> None:
     checkpoint = run.last
     assert checkpoint is not None
     stage = run.plan.stages[-1]
-    identity = checkpoint.hash_of("ema" if checkpoint.has("ema") else "adapter")
-    published = run.folder / "adapter" / ADAPTER_FILE
     model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
         if run.baton.base is not None and not (model_folder / "model_index.json").exists():
             run.family.save_model(model_folder, run.family.load_transformer(torch.float32, run.baton.base))
             run.log.say(f"the trained model is in {model_folder}")
-        if run.baton.adapter is not None and _mark_of(published) != identity:
+        if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
             batches = probe_batches(run.selections, stage.resolution)
             storage = resolved_storage(stage)
             precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
@@ -406,7 +414,7 @@ def finish(run: Run) -> None:
             del model, trainable
             versions = environment(run.accelerator)["versions"]
             base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
-            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": identity or "", "medley.model": run.fingerprint}
+            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
             card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
             sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
             difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)
@@ -417,10 +425,17 @@ def finish(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _mark_of(published: Path) -> str | None:
+def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
+    if not checkpoint.has("adapter"):
+        return bool(checkpoint.state["finished"]) and (folder / "model" / "model_index.json").exists()
+    published = folder / "adapter" / ADAPTER_FILE
     if not published.exists():
-        return None
+        return False
     with safe_open(published, framework="pt") as header:
-        return (header.metadata() or {}).get("medley.checkpoint")
+        return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
 
 
+def _mark(checkpoint: Checkpoint) -> str | None:
+    """What an adapter's file says of the checkpoint it was made from."""
+    return checkpoint.hash_of("ema" if checkpoint.has("ema") else "adapter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def sample(family: Family, transformer: nn.Module, e: Tensor, text: Text, refere
     """Follow the flow from noise e [B, C, h, w] to latents by Euler steps over the noise levels of the model's own sampler."""
     sigmas = family.sigmas(steps, e.shape[2] * e.shape[3] // 4)
     x = e
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         with precision.autocast():
             v = family.predict(transformer, x, now.expand(e.shape[0]), text, references)
         x = x + (then - now) * v
@@ -68,7 +69,7 @@ def previews(
     return [preview for _, _, preview in sorted(gathered, key=lambda entry: entry[:2])]
 
 
-_CELL, _GAP, _TEXT = 112, 8, 34
+_CELL, _GAP, _TEXT = 84, 8, 34
 
 
 def sheet(shown: Sequence[Preview]) -> Image.Image:

@@ -125,6 +125,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 log = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put its own in their place
                 if processes > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 if rank == 0 and (kill_at is not None or record):
@@ -132,7 +133,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 code = train.main(arguments)
             except SystemExit as left:
                 code = left.code if isinstance(left.code, int) else 1
-            except BaseException:
+            except BaseException:  # noqa: BLE001  a forked child of pytest must never go back into it
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()

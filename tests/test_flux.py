@@ -9,9 +9,10 @@ import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from models import tiny_flux
+from torch import Tensor
+
 from stages.families.flux import Flux
 from stages.families.open import ModelError, fingerprint, open_family
-from torch import Tensor
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red disc", "a blue square", "make it the same"]

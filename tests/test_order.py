@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from mixing.keys import key, keys, uniform
 from mixing.order import Cell, Order, Quota, permute
 from mixing.shares import integers, shares, weights

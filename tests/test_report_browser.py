@@ -58,7 +58,7 @@ class Browser:
         self.address = f"http://127.0.0.1:{port}"
         options = {"binary": CHROMIUM, "args": ARGUMENTS}
         wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}}
-        self.session = f"/session/{self.ask('POST', '/session', {'capabilities': wanted})['sessionId']}"
+        self.root = f"/session/{self.ask('POST', '/session', {'capabilities': wanted})['sessionId']}"
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = json.dumps(body or {}).encode() if method == "POST" else None
@@ -67,18 +67,18 @@ class Browser:
             return json.load(answer)["value"]
 
     def command(self, name: str, **parameters: object) -> None:
-        self.ask("POST", f"{self.session}/goog/cdp/execute", {"cmd": name, "params": parameters})
+        self.ask("POST", f"{self.root}/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def run(self, script: str) -> Any:
-        return self.ask("POST", f"{self.session}/execute/sync", {"script": script, "args": []})
+        return self.ask("POST", f"{self.root}/execute/sync", {"script": script, "args": []})
 
     def open(self, page: Path, width: int, dark: bool) -> list[str]:
         """Open a file, and return the address of every request that this made."""
-        self.ask("POST", f"{self.session}/se/log", {"type": "performance"})
+        self.ask("POST", f"{self.root}/se/log", {"type": "performance"})
         self.command("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.ask("POST", f"{self.session}/url", {"url": page.as_uri()})
-        messages = [json.loads(entry["message"])["message"] for entry in self.ask("POST", f"{self.session}/se/log", {"type": "performance"})]
+        self.ask("POST", f"{self.root}/url", {"url": page.as_uri()})
+        messages = [json.loads(entry["message"])["message"] for entry in self.ask("POST", f"{self.root}/se/log", {"type": "performance"})]
         return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
@@ -97,7 +97,7 @@ def browser() -> Iterator[Browser]:
                 time.sleep(0.1)
         opened = Browser(port)
         yield opened
-        opened.ask("DELETE", opened.session)
+        opened.ask("DELETE", opened.root)
     finally:
         driver.terminate()
         driver.wait(timeout=20)

@@ -78,7 +78,8 @@ class Flux:
         if self.vae is None:
             return images
         mode: Tensor = self.vae.encode(images).latent_dist.mode()
-        return (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        latents: Tensor = (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -240,7 +240,10 @@ def _borders(course: Course) -> str:
             parts.append(f'<line class="border" x1="{left:.2f}%" x2="{left:.2f}%" y1="-4" y2="100%"/>')
         share = (right - left) / 100
         narrow, wide = (
-            next((said for said in (name, str(k + 1)) if len(said) * 5.8 + (3 if said == name else 12) <= share * width), "")
+            next(
+                (said for said in (name, str(k + 1)) if len(said) * 5.8 + (3 if said == name else 12) <= share * width),
+                "",
+            )
             for width in (NARROWEST_PLOT, WIDE_PLOT)
         )
         if len(course.names) > 1:

@@ -231,7 +231,7 @@ def _curve(
         found = [(axis.place(k, step.step), number) for step in stage.steps if (number := value(step)) is not None]
         if points and found:
             points.append((found[0][0], math.nan))
-        points += running_mean(found, max(1, len(found) // 80)) if smooth else found
+        points += running_mean(found, len(found) // 80) if smooth else found
     return points
 
 

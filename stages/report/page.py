@@ -142,6 +142,7 @@ td.n + td:not(.n), th.n + th:not(.n) { padding-left: 12px; }
   background: #fff; }
 .sheet img.tiny { image-rendering: pixelated; }
 .sheet figcaption { font-size: 13.5px; color: var(--soft); margin-bottom: 8px; }
+#launches td:nth-child(-n + 2) { white-space: nowrap; }
 ul.plain { margin: 0; padding: 0; list-style: none; }
 ul.plain li { padding: 7px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 ul.plain li:last-child { border-bottom: 0; }
@@ -229,6 +230,12 @@ def shortest(value: float | None) -> str:
         return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:g}".partition("e")
     return mantissa.replace("-", "−") + (f"e{int(exponent)}" if exponent else "")
+
+
+def exact(value: float) -> str:
+    """Two digits of a number, however small: 0.0040, 1.2e-7."""
+    mantissa, _, exponent = f"{value:#.2g}".partition("e")
+    return mantissa + (f"e{int(exponent)}" if exponent else "")
 
 
 def size(value: float | None) -> str:

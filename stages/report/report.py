@@ -16,7 +16,20 @@ from pathlib import Path
 
 from stages.report.charts import stacked
 from stages.report.curves import MOST_STAGES, by_timestep, colour, held_out, mixes, rates, throughput, training
-from stages.report.page import count, duration, folded, moment, page, panel, percent, section, shortest, size, table
+from stages.report.page import (
+    count,
+    duration,
+    exact,
+    folded,
+    moment,
+    page,
+    panel,
+    percent,
+    section,
+    shortest,
+    size,
+    table,
+)
 from stages.report.record import Record, StageRecord, read_record
 from stages.report.results import accuracy, losses, verdict
 from stages.report.sheets import previews
@@ -36,7 +49,7 @@ def write_report(folder: Path) -> Path:
     record = read_record(folder)
     sections = [(name, anchor, write(record)) for name, anchor, write in _SECTIONS]
     present = [(name, anchor, body) for name, anchor, body in sections if body]
-    absent = [name for name, _, body in sections if not body]
+    absent = [name for name, anchor, body in sections if not body and anchor != "warnings"]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for name, anchor, _ in present)
     footer = f"Written by Medley from {escape(record.folder.resolve().name)}/, with what the run had written by then."
     footer += f" Not in this report, because the run has not written it: {', '.join(absent).lower()}." if absent else ""
@@ -196,7 +209,7 @@ def _handoffs(record: Record) -> str:
     events = {(text(event.get("from")), text(event.get("to"))): event for event in record.events.get("handoff", ())}
     panels = []
     for (before, after), event in list(events.items())[-MOST_HANDOFFS:]:
-        deltas = [f"{value:.2g} at {t}" for t, value in numbers(event.get("delta")).items()]
+        deltas = [f"{exact(value)} at {t}" for t, value in numbers(event.get("delta")).items()]
         cause = text(event.get("cause")).replace("->", "→")
         kept = event.get("kept")
         held = ", ".join(text(item) for item in kept) if isinstance(kept, list) else text(kept)
@@ -303,7 +316,13 @@ def _launches(record: Record) -> str:
         apart = finite(published[-1].get("max_difference"))
         said.append(
             f"The adapter is published in {escape(text(published[-1].get('folder')))}/"
-            + (f"; loaded back, its output differs by at most {shortest(apart)}." if apart is not None else ".")
+            + (
+                "."
+                if apart is None
+                else f"; loaded back, its output differs by at most {exact(apart)}."
+                if apart
+                else "; loaded back, its output is the same."
+            )
         )
     return section(
         "launches",
