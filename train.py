@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{given.plan}: sound; {len(read.plan.sources)} sources; stages: {stages}")
             return 0
         if given.explain:
+            from stages.quiet import quiet_libraries
+
+            quiet_libraries()
             from stages.explain import explain_run
 
             explain_run(read.plan, Console())
@@ -170,3 +173,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                 return None
 
     return leg.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

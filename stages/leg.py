@@ -125,6 +125,7 @@ class Leg:
             self.average.update(self.trainable)
         self.step += 1
         self.window.steps += 1
+        self.run.log.advance()
         if self.run.tracing:
             rows = gather_object(self.rows) if self.run.accelerator.num_processes > 1 else self.rows
             if self.run.trace:
@@ -208,12 +209,15 @@ class Leg:
         summary = measured.summary(self.base, self.start)
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
         run.log.track({f"held_out/{name}": entry["loss"] for name, entry in summary.items()}, run.steps_before(self.index) + self.step)
-        if kind != "start":
-            words = []
+        if kind != "start" and summary:
+            table = Table(box=None, header_style="dim")
+            table.add_column("held-out loss")
+            for column in (f"after step {self.step}", "since the stage began", "since the base"):
+                table.add_column(column, justify="right")
             for name, entry in summary.items():
-                change, error = entry.get("since_start"), entry.get("since_start_error")
-                words.append(f"{name} {entry['loss']:.4f}" + ("" if change is None else f" ({change:+.4f} ± {error:.4f})"))
-            run.log.say(f"  held-out loss: {', '.join(words)}")
+                changes = [f"{entry[since]:+.4f} ± {entry[f'{since}_error']:.4f}" if since in entry else "" for since in ("since_start", "since_base")]
+                table.add_row(name, f"{entry['loss']:.4f}", *changes)
+            run.log.show(table)
         self.window.began += time.monotonic() - began  # it is no time of training
         return measured
 
@@ -269,6 +273,7 @@ class Leg:
     def finish(self) -> Checkpoint:
         """The stage's last duties: evaluate, sample, save, report, and let go of the model. Returns the last checkpoint."""
         run, stage, plan = self.run, self.stage, self.run.plan
+        run.log.end_bar()
         self.evaluate("end")
         with self.averaged():
             if plan.previews.rows:
@@ -411,6 +416,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         if run.accelerator.is_main_process:
             leg.start.save(started)
     leg.window = Window(time.monotonic())
+    run.log.start_bar(stage.name, leg.step, stage.steps)
     return leg
 
 
@@ -467,6 +473,5 @@ def show_stage(leg: Leg) -> None:
     for name, share in leg.mixture.asked.items():
         images = share * order.images * stage.steps
         table.add_row(name, f"{run.selections[name].size:,}", f"{share:.1%}", f"{images:,.0f}", f"{images / run.selections[name].size:.1f}")
-    if run.log.main:
-        run.log.console.print(table)
+    run.log.show(table)
 

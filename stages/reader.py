@@ -5,7 +5,6 @@ What the plan means is asked by `stages.check`, when the shape is right.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 
 from stages.document import MOST_BYTES, Entry, Node, parse
 from stages.plan import Plan
@@ -22,6 +20,7 @@ from stages.problems import Location, PlanError, Problem, written
 from stages.settings import apply_setting
 from stages.shape import Rules
 from stages.unheeded import unheeded
+from stages.yaml_text import to_text
 
 __all__ = ["PlanError", "Problem", "ReadPlan", "read_plan", "resolved", "to_yaml"]
 
@@ -103,14 +102,7 @@ def resolved(plan: Plan) -> dict[str, Any]:
 
 def to_yaml(plan: Plan) -> str:
     """The plan with every default written out, as YAML."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 4096
-    yaml.allow_unicode = True
-    stream = io.StringIO()
-    yaml.dump(resolved(plan), stream)
-    return stream.getvalue()
+    return to_text(resolved(plan))
 
 
 def _text(path: Path) -> str:

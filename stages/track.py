@@ -13,6 +13,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Log:
@@ -23,6 +25,7 @@ class Log:
         self.main = accelerator.is_main_process
         self.console, self._accelerator, self._tracking = console, accelerator, False
         self.path = folder / "metrics.jsonl"
+        self._bar: Progress | None = None
         if self.main:
             cut(self.path, keep_bytes)
             self._file = self.path.open("a", encoding="utf-8")
@@ -51,6 +54,30 @@ class Log:
         if self.main:
             self.console.print(message, highlight=False, soft_wrap=True)
 
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        if self.main:
+            self.console.print(table)
+
+    def start_bar(self, name: str, done: int, steps: int) -> None:
+        """Show a progress bar with the time left, where the console is a terminal."""
+        if self.main and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task(name, completed=done, total=steps)
+            self._bar.start()
+
+    def advance(self) -> None:
+        """Move the bar on by a step."""
+        if self._bar:
+            self._bar.advance(self._bar.task_ids[0])
+
+    def end_bar(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
     def warn(self, message: str, stage: str, step: int) -> None:
         """Print a warning and record it."""
         self.say(f"[yellow]warning:[/yellow] {message}")
@@ -65,7 +92,8 @@ class Log:
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file and end the tracker's run."""
+        """Close the file, end the tracker's run, and take the bar away."""
+        self.end_bar()
         if self.main:
             self._file.close()
         if self._tracking:
