@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from stages.check import check_plan
-from stages.plan import Plan, Stage, resolved_batch, resolved_rate
+from stages.check import check_plan, plan_notes
+from stages.plan import Plan, Stage, resolved_batch, resolved_plan, resolved_rate
 from stages.reader import PlanError, ReadPlan, read_plan
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise PlanError.at("--until", f"no stage '{given.until}' (stages: {', '.join(names)})")
         if given.check:
             stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in read.plan.stages)
+            for note in plan_notes(read, Path.cwd()):
+                print(f"note: {note}")
             print(f"{given.plan}: sound; {len(read.plan.sources)} sources; stages: {stages}")
             return 0
         if given.explain:
@@ -91,8 +93,8 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
     quiet_libraries()
     from stages.run import finish, open_run
 
-    with open_run(plan, out or Path("runs") / plan.name, trace=trace) as run:
-        for index, stage in enumerate(plan.stages):
+    with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run:
+        for index, stage in enumerate(run.plan.stages):
             last = run.finished(index) or train_stage(run, index, stage)
             if last is None:
                 return run.stop.exit_code

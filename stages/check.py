@@ -117,6 +117,9 @@ def _trained(read: ReadPlan) -> Iterator[Problem]:
     """What each stage trains, against what stands before it and what its weights are stored in."""
     teacher: Stage | None = None  # the first stage that trains the adapter
     for index, stage in enumerate(read.plan.stages):
+        if stage.base == "bf16" and stage.precision == "fp32":
+            message = "bf16 weights are not multiplied in fp32; choose precision bf16 or fp16, or base fp32"
+            yield _at_value(read, ("stages", index, "base"), message)
         if stage.train != "full":
             teacher = teacher or stage
             continue

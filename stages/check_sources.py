@@ -131,7 +131,8 @@ def _listed_files(place: str) -> _Files:
     names: list[str] = []
     for folder, inner, files in os.walk(place):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        names += [os.path.relpath(os.path.join(folder, name), place) for name in files if not name.startswith(".")]
+        prefix = os.path.relpath(folder, place) + "/" if folder != place else ""
+        names += [prefix + name for name in files if name[0] != "."]
         if len(names) > _MOST_LISTED:
             return _Files(tuple(names), is_whole=False)
     return _Files(tuple(names), is_whole=True)

@@ -260,7 +260,7 @@ class _Builder:
                 continue
             for key, entry in node.value.items():
                 entries.setdefault(key, entry)
-        size = 1 + sum(1 + entry.node.size for entry in entries.values())
+        size = 1 + sum(entry.node.size for entry in entries.values())
         return Node(MappingProxyType(entries), self.place(start), size=size)
 
     def place(self, event: Event) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mixing.shares import shares
+from mixing.order import Quota
+from mixing.shares import integers, shares, weights
 from stages.plan import LearningRate, Plan, Stage, Storage, resolved_batch, resolved_rate, resolved_storage
 from stages.problems import PlanError
 
@@ -82,9 +84,10 @@ def _say(console: Console, what: Text | Padding) -> None:
 
 
 def _images(stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many images each source gives; the order keeps within two of its share at the end of every step."""
-    drawn = stage.steps * resolved_batch(stage).images
-    return {name: round(share * drawn) for name, share in shares(stage.mix, sizes).items()}
+    """How many images each source gives, rounded to add up; the order keeps within a micro-batch of it."""
+    whole = integers(weights(stage.mix, sizes))
+    counts = Quota(list(whole.values())).counts(np.asarray(stage.steps * resolved_batch(stage).images))
+    return dict(zip(whole, counts.tolist(), strict=True))
 
 
 def _facts(index: int, stage: Stage, model: ModelFacts | None) -> Table:
@@ -96,7 +99,7 @@ def _facts(index: int, stage: Stage, model: ModelFacts | None) -> Table:
     images = stage.steps * batch.images
     micro = batch.images // batch.micro
     made_of = f"one micro-batch of {batch.micro}" if micro == 1 else f"{micro:,} micro-batches of {batch.micro}"
-    rows = {"steps": f"{stage.steps:,}, each of {batch.images:,} images in {made_of}: {images:,} images"}
+    rows = {"steps": f"{stage.steps:,}, each of {_counted(batch.images)} in {made_of}: {_counted(images)}"}
     seen = f"{stage.resolution} x {stage.resolution} pixels"
     if model:
         seen += f", {model.tokens[index]:,} tokens each: {_short(images * model.tokens[index])} target tokens"
@@ -105,11 +108,15 @@ def _facts(index: int, stage: Stage, model: ModelFacts | None) -> Table:
     rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
     rows["rate"] = _rate(resolved_rate(stage), stage.steps)
     if model:
-        size = _gigabytes(_bytes(index, stage, model))
+        size = _in_bytes(_bytes(index, stage, model))
         rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top"
     for name, fact in rows.items():
         facts.add_row(name, Text(fact))  # a Text, so that the brackets of a pattern are no markup
     return facts
+
+
+def _counted(images: int) -> str:
+    return "1 image" if images == 1 else f"{images:,} images"
 
 
 def _trains(stage: Stage, parameters: int | None) -> str:
@@ -214,5 +221,8 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+def _in_bytes(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 2**10:.3g} KiB"

@@ -263,7 +263,9 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         try:
             run.baton = read_start(plan, model) if plan.start else run.baton
         except ValueError as error:
-            raise PlanError.at("start", str(error)) from None
+            raise PlanError.at("", str(error)) from None
+        if run.baton.adapter is not None and plan.stages[0].train == "full":
+            raise PlanError.at("stages[0].train", f"'full', and start: {plan.start} brings an adapter, which belongs to the weights it was trained on; begin with a stage that trains the adapter")
         if accelerator.is_main_process:
             write_whole(folder / "plan.yaml", to_yaml(plan))
             write_whole(folder / "environment.json", json.dumps(environment(accelerator), indent=1))

@@ -92,13 +92,16 @@ class Log:
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file, end the tracker's run, and take the bar away."""
+        """Close the file, end the tracker's run and the process group, and take the bar away."""
         self.end_bar()
         if self.main:
             self._file.close()
-        if self._tracking:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._accelerator.end_training()
+        with contextlib.redirect_stdout(io.StringIO()):
+            if self.main and self._tracking:
+                import trackio
+
+                trackio.finish()  # its own exit hook would finish the run, and print, a second time (0.43)
+            self._accelerator.end_training()
 
 
 class Trace:

@@ -47,14 +47,14 @@ def _item(item: object, indent: str) -> Iterator[str]:
 
 
 def _in_one_line(value: object) -> str | None:
-    """A mapping or list of scalars between brackets; None if it holds more."""
+    """A mapping or list without mappings in it, between brackets; else None."""
     if isinstance(value, Mapping):
         inner = list(value.values())
     elif isinstance(value, Sequence) and not isinstance(value, str):
         inner = list(value)
     else:
         return None
-    return None if any(isinstance(each, Mapping | list) and each for each in inner) else _flow(value)
+    return None if any(isinstance(each, Mapping) and each for each in inner) else _flow(value)
 
 
 def _flow(value: object) -> str:
@@ -71,8 +71,11 @@ def _scalar(value: object) -> str:
             return "null"
         case bool():
             return "true" if value else "false"
-        case int() | float():
+        case int():
             return repr(value)
+        case float():
+            digits = repr(value)
+            return digits if "." in digits else digits.replace("e", ".0e")  # without the point YAML 1.1 reads a word
         case str():
             is_bare = _BARE.fullmatch(value) and isinstance(resolve(value), str) and value.lower() not in _YAML_1_1
             return value if is_bare else f'"{"".join(map(_escaped, value))}"'

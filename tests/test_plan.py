@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from ruamel.yaml import YAML
 
 from mixing import folder as mixing_folder
 from mixing import images as mixing_images
@@ -467,9 +469,10 @@ def test_plan_written_out_is_read_back_equal_and_sound(text: str, fill: Callable
     assert again == plan
     assert to_yaml(again) == written
     assert Plan.model_validate(resolved(plan)) == plan
+    assert YAML(typ="safe", pure=True).load(written) == resolved(plan)  # other readers agree
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
 def test_any_text_is_written_out_and_read_back_the_same(text: str) -> None:
     problems_of(GOOD)
@@ -499,7 +502,7 @@ def mutated(draw: st.DrawFn) -> str:
     return text
 
 
-@settings(max_examples=4000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutated())
 def test_no_text_makes_reading_or_checking_raise_anything_but_a_plan_error(text: str) -> None:
     said = problems_of(text)
@@ -517,7 +520,7 @@ PATHS = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=4000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(PATHS, VALUES), min_size=1, max_size=3))
 def test_no_value_makes_reading_or_checking_raise_anything_but_a_plan_error(changes: list[tuple[str, object]]) -> None:
     flags = [f"{path}={json.dumps(value)}" for path, value in changes]
@@ -562,9 +565,9 @@ COLUMNS = st.sampled_from(["image", "target", "file_name", "reference", "referen
 ASKED = st.dictionaries(st.sampled_from(["target", "reference", "prompt"]), COLUMNS | st.lists(COLUMNS, min_size=1, max_size=2))
 
 
-@settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["text_to_image", "edit"]), st.lists(COLUMNS, max_size=5, unique=True), ASKED, st.booleans())
-def test_check_of_columns_gives_the_readers_verdict(task: str, found: list[str], asked: dict[str, str | list[str]], has_prompt: bool) -> None:
+def test_check_of_columns_gives_the_readers_verdict(task: str, found: list[str], asked: dict[Any, Any], has_prompt: bool) -> None:
     if task == "text_to_image":
         asked.pop("reference", None)  # refused before any column is looked at
     try:

@@ -1,0 +1,212 @@
+"""Precision: what a stage asks for is what it multiplies in, in the base and in the pairs; fp16 scales its loss; a wrong launch is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import tiny_flux
+from stages.adapter import add_adapter, choose_trainable, without_input_casts
+from stages.check import check_plan
+from stages.families.flux import Flux
+from stages.plan import Adapter, resolved_storage
+from stages.precision import DTYPES, LaunchError, Multiplied, StagePrecision, start_accelerator
+from stages.reader import read_plan
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+STORED = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp16", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Flux:
+    return Flux(str(tiny_flux(tmp_path_factory.mktemp("model"), pixels=True)), None, None, CPU)
+
+
+def predict(family: Flux, model: nn.Module) -> Tensor:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return family.predict(model, x, torch.tensor([0.3, 0.8]), family.encode_prompts(["a red disc", "a blue square"]), (0.5 * x,))
+
+
+# --- what is multiplied in what ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "storage"), STORED)
+@pytest.mark.parametrize("casts", [True, False])
+def test_every_product_of_a_forward_pass_is_made_in_the_stages_precision(family: Flux, mode: str, storage: str, casts: bool) -> None:
+    model = family.load_transformer(DTYPES[storage], None)
+    add_adapter(model, Adapter(rank=2, targets="linear"), family.target_patterns, 0)
+    if not casts:
+        without_input_casts(model)
+    precision = StagePrecision(mode, CPU)
+    with Multiplied() as watch, precision.autocast():
+        predict(family, model)
+    assert set(watch.dtypes) == {NAMES[mode]}
+    assert watch.verdict() == mode
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert watch.dtypes[NAMES[mode]] >= linears, "each linear layer, those of the pairs too, is one product or more"
+
+
+@pytest.mark.parametrize(("mode", "storage"), STORED)
+def test_the_three_products_of_an_adapted_layer_are_made_in_the_stages_precision(mode: str, storage: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).to(DTYPES[storage])
+    add_adapter(model, Adapter(rank=2, targets=["0"]), {}, 0)
+    precision = StagePrecision(mode, CPU)
+    with Multiplied() as watch, precision.autocast():
+        model(torch.randn(4, 8, dtype=DTYPES[mode]))
+    assert watch.dtypes == {NAMES[mode]: 3}
+
+
+@pytest.mark.parametrize("train", ["adapter", "full"])
+def test_fp32_over_a_base_in_bf16_is_refused_or_multiplies_in_fp32(tmp_path: Path, train: str) -> None:
+    """`precision: fp32` with `base: bf16`: whatever the plan language lets pass must run."""
+    family = Flux(str(tiny_flux(tmp_path / "model", pixels=True)), None, None, CPU)
+    (tmp_path / "photos").mkdir()
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: {tmp_path / 'model'}\n"
+        f"sources: {{hub: {{path: hub/user/photos}}}}\n"
+        f"stages: [{{name: only, steps: 1, resolution: 8, batch: 1, lr: 0.1, train: {train}, precision: fp32, base: bf16}}]\n"
+    )
+    read = read_plan(plan, ())
+    if any(problem.where == "stages[0].base" for problem in check_plan(read, tmp_path)):
+        return
+    model = family.load_transformer(DTYPES[resolved_storage(read.plan.stages[0])], None)
+    with Multiplied() as watch, StagePrecision("fp32", CPU).autocast():
+        predict(family, model)
+    assert set(watch.dtypes) == {"float32"}
+
+
+def test_products_are_counted_by_the_dtype_of_their_operands() -> None:
+    a, x = torch.randn(4, 4), torch.randn(2, 3, 4, 4)
+    with Multiplied() as watch:
+        assert watch.verdict() == "none"
+        a + a  # noqa: B018
+        a @ a
+        a.bfloat16() @ a.bfloat16()
+        torch.nn.functional.linear(a.half(), a.half(), a[0].half())
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    assert watch.dtypes["bfloat16"] == 1
+    assert watch.dtypes["float16"] == 1
+    assert watch.dtypes["float32"] >= 2
+    assert watch.verdict() == "fp32"
+
+
+def test_watching_changes_no_bit(family: Flux) -> None:
+    model, precision = family.load_transformer(torch.float32, None), StagePrecision("bf16", CPU)
+    with torch.no_grad():
+        with precision.autocast():
+            plain = predict(family, model)
+        with Multiplied(), precision.autocast():
+            watched = predict(family, model)
+    assert torch.equal(plain, watched)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+def test_gradients_and_weights_of_the_pairs_stay_float32(family: Flux, mode: str) -> None:
+    model = family.load_transformer(torch.bfloat16, None)
+    add_adapter(model, Adapter(rank=2), family.target_patterns, 0)
+    trainable = choose_trainable(model, "adapter", "test")
+    precision = StagePrecision(mode, CPU)
+    with precision.autocast():
+        loss = predict(family, model).square().mean()
+    precision.scaler.scale(loss).backward()
+    assert loss.dtype == torch.float32
+    for parameter in trainable.values():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == parameter.dtype == torch.float32
+
+
+# --- loss scaling -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_fp16_scales_its_loss() -> None:
+    loss = torch.tensor(3.0)
+    assert torch.equal(StagePrecision("fp32", CPU).scaler.scale(loss), loss)
+    assert torch.equal(StagePrecision("bf16", CPU).scaler.scale(loss), loss)
+    assert torch.equal(StagePrecision("fp16", CPU).scaler.scale(loss), loss * 65536)
+
+
+def test_fp16_skips_a_step_whose_gradient_is_infinite_and_halves_its_scale() -> None:
+    precision, weight = StagePrecision("fp16", CPU), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for gradient, moved in ((1.0, True), (float("inf"), False), (float("nan"), False), (1.0, True)):
+        before, scale = weight.detach().clone(), precision.scaler.get_scale()
+        precision.scaler.scale((weight * gradient).sum()).backward()
+        precision.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        assert torch.equal(weight, before) is not moved
+        assert bool(weight.isfinite().all())
+        assert precision.scaler.get_scale() == (scale if moved else scale / 2)
+    assert float(optimizer.state[weight]["step"]) == 2
+
+
+def test_fp16_keeps_gradients_that_would_be_rounded_to_zero_without_scaling() -> None:
+    """1e-9 is below what fp16 can say (6e-8)."""
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    x = torch.ones(2, 4)
+    found = {}
+    for mode in ("fp32", "fp16"):
+        precision = StagePrecision(mode, CPU)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with precision.autocast():
+            output = model(x)
+        precision.scaler.scale(output.float().sum() * 1e-9).backward()
+        precision.scaler.unscale_(optimizer)
+        (weight,) = model.parameters()
+        assert weight.grad is not None
+        found[mode] = weight.grad.clone()
+        weight.grad = None
+    assert torch.allclose(found["fp16"], found["fp32"], rtol=1e-2)
+    assert bool((found["fp16"] != 0).all())
+
+
+def test_state_of_the_scaler_goes_through_json() -> None:
+    one, other = StagePrecision("fp16", CPU), StagePrecision("fp16", CPU)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    one.scaler.scale((weight * float("inf")).sum()).backward()
+    one.scaler.step(optimizer)
+    one.scaler.update()
+    saved = json.loads(json.dumps(one.scaler.state_dict()))
+    other.scaler.load_state_dict(saved)
+    assert other.scaler.get_scale() == one.scaler.get_scale() == 32768
+    assert other.scaler.state_dict() == one.scaler.state_dict()
+
+
+# --- launching --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_do_not_see_each_other_are_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU host without LOCAL_RANK: the launcher started two, and accelerate, which is played here, sees one."""
+    monkeypatch.setattr("stages.precision.Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start_accelerator(None).num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match=r"started 2 processes and accelerate sees 1; .*accelerate_configs/cpu_2_processes\.yaml"):
+        start_accelerator(None)
+
+
+@pytest.mark.launch
+def test_two_cpu_processes_asked_for_and_one_started_is_refused_with_the_cure(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate 1.15)."""
+    script = tmp_path / "script.py"
+    script.write_text("from stages.precision import LaunchError, start_accelerator\ntry:\n    start_accelerator(None)\nexcept LaunchError as error:\n    print('refused:', error)\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "refused:" in done.stdout
+    assert "cpu_2_processes.yaml" in done.stdout
