@@ -25,7 +25,8 @@ from rich.console import Console
 
 from stages.check import check_plan, plan_notes
 from stages.plan import Plan, Stage, resolved_batch, resolved_plan, resolved_rate
-from stages.reader import PlanError, ReadPlan, read_plan
+from stages.problems import PlanError, RunError
+from stages.reader import ReadPlan, read_plan
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
     from stages.checkpoint import Checkpoint
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
+    except RunError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"failed: {error}" if rank == "0" else f"process {rank} failed: {error}", file=sys.stderr)
+        return 1
 
 
 def checked(path: Path, settings: Sequence[str] = ()) -> ReadPlan:

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mixing.images import fit, to_tensor
+from mixing.images import fit
 from mixing.keys import key
 from mixing.order import Cell, Order, permute
 from mixing.shares import Mix, shares, weights
 from mixing.source import BadRow, Source, UnreadableRow
+from mixing.tasks import Example
 
 if TYPE_CHECKING:
     import datasets
@@ -110,7 +111,7 @@ class MicroBatch:
     """Rows that could not be decoded, and in whose place others stand."""
 
     def pin_memory(self) -> MicroBatch:
-        """The same with its tensors in page-locked memory; the DataLoader calls it where there is a GPU."""
+        """The same with its tensors in page-locked memory, from which a GPU copies beside its work."""
         return replace(self, targets=self.targets.pin_memory(), references=tuple(r.pin_memory() for r in self.references))
 
 
@@ -122,7 +123,34 @@ class _Request:
     draws: tuple[int, ...]
 
 
-class StageMixture(Dataset[MicroBatch]):
+@dataclass(frozen=True)
+class _Read:
+    """A micro-batch as workers hand it over: 8-bit pixels, pickled through the pipe.
+
+    Tensors would go by shared memory, whose handshake costs 3 ms for each (torch 2.13): more than the pixels of most micro-batches.
+    """
+
+    request: _Request
+    sources: tuple[str, ...]
+    keys: tuple[str, ...]
+    prompts: tuple[str, ...]
+    pixels: tuple[NDArray[np.uint8], ...]
+    """[B, H, W, 3] each: the targets, then the first references, and so on."""
+    bad: tuple[BadRow, ...]
+
+
+def _read(examples: Sequence[Example], side: int) -> tuple[NDArray[np.uint8], ...]:
+    """The pixels of examples of one signature, scaled and cropped to a square."""
+    images = zip(*((example.target, *example.references) for example in examples), strict=True)
+    return tuple(np.stack([np.asarray(fit(image, side, side)) for image in same]) for same in images)
+
+
+def _tensors(pixels: Sequence[NDArray[np.uint8]]) -> tuple[torch.Tensor, ...]:
+    """8-bit pixels [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1], as `mixing.images.to_tensor` has them."""
+    return tuple(torch.from_numpy(each).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0 for each in pixels)
+
+
+class StageMixture(Dataset[_Read]):
     """One stage's stream of micro-batches: a pure function of the plan, the seed and the step.
 
     selections: every source of the plan. stage: its name. resolution: side of the square, pixels. images, micro: of a step and of a
@@ -152,7 +180,7 @@ class StageMixture(Dataset[MicroBatch]):
         counts = self.order.counts(np.asarray(steps))
         return {(cell.source, cell.signature): cell.drawn_before + int(count) for cell, count in zip(self.order.cells, counts, strict=True)}
 
-    def __getitem__(self, request: Any) -> MicroBatch:
+    def __getitem__(self, request: Any) -> _Read:
         """Read and decode the images of a request, which `batches` makes. A row that cannot be decoded is replaced by another of its cell."""
         assert isinstance(request, _Request)
         bad: list[BadRow] = []
@@ -168,20 +196,21 @@ class StageMixture(Dataset[MicroBatch]):
                     bad.append(error.bad_row)
                     row = key(self.seed, "instead", cell.source, cell.signature, draw, attempt) % cell.rows
             else:
-                raise TooManyBadRows(f"source '{cell.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {bad[-1].key}: {bad[-1].reason}")
-        side = self.resolution
-        first = (request.step * self.order.micro_batches + request.micro) * self.order.micro
-        return MicroBatch(
-            step=request.step,
-            micro=request.micro,
-            positions=tuple(range(first, first + len(examples))),
+                return _Read(request, (), (), (), (), tuple(bad))  # not raised here: through a worker's pipe it would bring its traceback along
+        return _Read(
+            request,
             sources=tuple(self.order.cells[number].source for number in request.cells),
             keys=tuple(example.key for example in examples),
             prompts=tuple(example.prompt for example in examples),
-            targets=torch.stack([to_tensor(fit(example.target, side, side)) for example in examples]),
-            references=tuple(torch.stack([to_tensor(fit(image, side, side)) for image in images]) for images in zip(*(example.references for example in examples), strict=True)),
+            pixels=_read(examples, self.resolution),
             bad=tuple(bad),
         )
+
+    def _micro_batch(self, read: _Read) -> MicroBatch:
+        targets, *references = _tensors(read.pixels)
+        first = (read.request.step * self.order.micro_batches + read.request.micro) * self.order.micro
+        positions = tuple(range(first, first + len(read.keys)))
+        return MicroBatch(read.request.step, read.request.micro, positions, read.sources, read.keys, read.prompts, targets, tuple(references), read.bad)
 
     def batches(self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool) -> Generator[MicroBatch, None, None]:
         """This process's micro-batches of steps first_step ... last_step - 1, in order, read ahead by worker processes.
@@ -196,24 +225,40 @@ class StageMixture(Dataset[MicroBatch]):
             sampler=_Requests(self.order, first_step, last_step, rank, processes),
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),
         )
         iterator = iter(loader)
         try:
-            yield from iterator
+            for read in iterator:
+                if not read.keys:
+                    last = read.bad[-1]
+                    raise TooManyBadRows(f"source '{last.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {last.key}: {last.reason}")
+                batch = self._micro_batch(read)
+                yield batch.pin_memory() if pin_memory else batch
         finally:
             # An exception's traceback would keep the iterator, and with it the workers, until the interpreter's exit waits for them (torch 2.13).
             if workers:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def as_dataset(self, steps: int) -> datasets.IterableDataset:
-        """The first steps of the same order as a `datasets.IterableDataset` of rows: step, micro, source, key, prompt; to look at, map or export."""
+        """The first steps as a `datasets.IterableDataset` of rows, in the order of training and as training sees them: to look at, map or export.
+
+        Columns: step, micro, source, key, prompt, target (8-bit pixels [H, W, 3]), references (a list of such).
+        """
         import datasets
 
         return datasets.IterableDataset.from_generator(_generate_rows, gen_kwargs={"mixture": self, "steps": list(range(steps))})
+
+
+def _generate_rows(mixture: StageMixture, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for step in steps:
+        for request in _Requests(mixture.order, step, step + 1, 0, 1):
+            read = mixture[request]
+            for place, (source, row, prompt) in enumerate(zip(read.sources, read.keys, read.prompts, strict=True)):
+                target, *references = (pixels[place] for pixels in read.pixels)
+                yield {"step": step, "micro": request.micro, "source": source, "key": row, "prompt": prompt, "target": target, "references": references}
 
 
 def check_processes(micro_batches: int, processes: int) -> None:
@@ -224,16 +269,6 @@ def check_processes(micro_batches: int, processes: int) -> None:
             f"a step has {micro_batches} micro-batches (batch.images / batch.micro), which {processes} processes cannot share evenly; "
             f"start {', '.join(map(str, possible))} processes, or choose another batch.micro"
         )
-
-
-def _generate_rows(mixture: StageMixture, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
-    for step in steps:
-        for request in _Requests(mixture.order, step, step + 1, 0, 1):
-            for number, draw in zip(request.cells, request.draws, strict=True):
-                cell = mixture.order.cells[number]
-                row = mixture._rows[number][int(cell.row(np.asarray([draw], dtype=np.int64), mixture.seed)[0])]
-                source = mixture.selections[cell.source].source
-                yield {"step": step, "micro": request.micro, "source": cell.source, "key": source.key(int(row)), "draw": draw}
 
 
 class _Requests(Sampler[_Request]):
@@ -263,34 +298,22 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def read_batch(source: Source, rows: Sequence[int], resolution: int) -> tuple[MicroBatch, ...]:
-    """Held-out rows as micro-batches, one for each number of references; rows that cannot be decoded are left out and named in `bad`."""
+def read_rows(source: Source, rows: Sequence[int], resolution: int) -> tuple[list[MicroBatch], list[BadRow]]:
+    """Some rows of a source as micro-batches, one for each number of references, and those that could not be decoded."""
     groups: dict[int, list[int]] = {}
     for row in rows:
         groups.setdefault(int(source.num_references[row]), []).append(row)
-    batches = []
+    batches: list[MicroBatch] = []
+    bad: list[BadRow] = []
     for group in groups.values():
-        examples, bad = [], []
+        examples = []
         for row in group:
             try:
                 examples.append(source.example(row))
             except UnreadableRow as error:
                 bad.append(error.bad_row)
-        if not examples:
-            continue
-        batches.append(
-            MicroBatch(
-                step=0,
-                micro=0,
-                positions=tuple(range(len(examples))),
-                sources=(source.name,) * len(examples),
-                keys=tuple(example.key for example in examples),
-                prompts=tuple(example.prompt for example in examples),
-                targets=torch.stack([to_tensor(fit(example.target, resolution, resolution)) for example in examples]),
-                references=tuple(
-                    torch.stack([to_tensor(fit(image, resolution, resolution)) for image in images]) for images in zip(*(example.references for example in examples), strict=True)
-                ),
-                bad=tuple(bad),
-            )
-        )
-    return tuple(batches)
+        if examples:
+            targets, *references = _tensors(_read(examples, resolution))
+            keys, prompts = tuple(example.key for example in examples), tuple(example.prompt for example in examples)
+            batches.append(MicroBatch(0, 0, tuple(range(len(keys))), (source.name,) * len(keys), keys, prompts, targets, tuple(references)))
+    return batches, bad

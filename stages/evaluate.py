@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from mixing.bad_rows import BadRow
 from mixing.keys import key
-from mixing.mixture import MicroBatch, Selection, read_batch
+from mixing.mixture import MicroBatch, Selection, read_rows
 from stages.checkpoint import write_whole
 from stages.families.base import Family
 from stages.objectives import flow
@@ -48,11 +49,14 @@ class Measured:
         return Measured(saved["losses"], saved["strata"])
 
     def summary(self, base: Measured | None, start: Measured | None) -> dict[str, dict[str, Any]]:
-        """Per source: loss, rows, loss by stratum, and the paired change since the base and since the stage's start with its standard error."""
+        """Per source that has any: loss, rows, loss by stratum (None where a stratum has no row), and the paired change since the base and since the stage's start with its standard error."""
         table: dict[str, dict[str, Any]] = {}
         for source, losses in self.losses.items():
+            if not losses:
+                continue
             entry: dict[str, Any] = {"loss": _mean(list(losses.values())), "rows": len(losses)}
-            entry["by_timestep"] = [_mean([loss for row, loss in losses.items() if self.strata[source][row] == stratum]) for stratum in range(STRATA)]
+            strata = [[loss for row, loss in losses.items() if self.strata[source][row] == stratum] for stratum in range(STRATA)]
+            entry["by_timestep"] = [_mean(stratum) if stratum else None for stratum in strata]
             for name, other in (("since_base", base), ("since_start", start)):
                 if other is not None and source in other.losses:
                     pairs = [loss - other.losses[source][row] for row, loss in losses.items() if row in other.losses[source]]
@@ -63,7 +67,7 @@ class Measured:
 
 
 def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else float("nan")
+    return math.fsum(values) / len(values)
 
 
 def _standard_error(values: list[float]) -> float:
@@ -80,9 +84,11 @@ class Chunk:
     strata: tuple[int, ...]
 
 
-def chunks(selections: Mapping[str, Selection], resolution: int, mine: Callable[[int], bool]) -> list[Chunk]:
-    """The held-out rows in fixed chunks; chunk number n is read only where mine(n) says so, so that processes can share them."""
-    found: list[Chunk] = []
+def chunks(selections: Mapping[str, Selection], resolution: int, mine: Callable[[int], bool], unreadable: Callable[[BadRow], None]) -> Iterator[Chunk]:
+    """The held-out rows in fixed chunks; chunk number n is read only where mine(n) says so, so that processes can share them.
+
+    unreadable: is told of each row that cannot be decoded; it is left out.
+    """
     number = 0
     for name, selection in selections.items():
         references = selection.source.num_references[selection.held_out]
@@ -92,9 +98,12 @@ def chunks(selections: Mapping[str, Selection], resolution: int, mine: Callable[
                 if mine(number):
                     part = rows[first : first + _ROWS_AT_ONCE]
                     strata = {selection.source.key(row): (first + place) % STRATA for place, row in enumerate(part)}
-                    found += [Chunk(name, batch, tuple(strata[row] for row in batch.keys)) for batch in read_batch(selection.source, part, resolution)]
+                    batches, bad = read_rows(selection.source, part, resolution)
+                    for bad_row in bad:
+                        unreadable(bad_row)
+                    for batch in batches:
+                        yield Chunk(name, batch, tuple(strata[row] for row in batch.keys))
                 number += 1
-    return found
 
 
 @torch.no_grad()
@@ -107,12 +116,16 @@ def evaluate(
     precision: StagePrecision,
     seed: int,
     accelerator: Accelerator,
+    unreadable: Callable[[BadRow], None],
 ) -> Measured:
-    """Measure every source's held-out rows, shared out among the processes; the same result on each of them, and for any number of them."""
+    """Measure every source's held-out rows, shared out among the processes; the same result on each of them, and for any number of them.
+
+    unreadable: is told of each of this process's rows that cannot be decoded; they are left out.
+    """
     rank, processes = accelerator.process_index, accelerator.num_processes
     density = flow.Density("logit_normal", 0.0, 1.0, family.shift(family.tokens(resolution, resolution)))
     rows: list[tuple[str, str, float, int]] = []
-    for chunk in chunks(selections, resolution, lambda number: number % processes == rank):
+    for chunk in chunks(selections, resolution, lambda number: number % processes == rank, unreadable):
         middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
         row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
         rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)

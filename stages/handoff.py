@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixing.keys import key
-from mixing.mixture import MicroBatch, Selection, read_batch
+from mixing.mixture import MicroBatch, Selection, read_rows
 from stages.adapter import add_adapter, choose_trainable, load_adapter_weights, without_input_casts
 from stages.checkpoint import Checkpoint, newest_checkpoint
 from stages.families.base import Family
@@ -109,7 +109,7 @@ def probe_batches(selections: Mapping[str, Selection], resolution: int) -> dict[
                 continue
             references = selection.source.num_references
             held_out = [row for row in selection.held_out.tolist() if f"{references[row]} references" == signature]
-            found = read_batch(selection.source, (held_out or training.tolist())[:_PROBED_ROWS], resolution)
+            found, _ = read_rows(selection.source, (held_out or training.tolist())[:_PROBED_ROWS], resolution)
             if found:
                 batches[signature] = found[0]
     return batches

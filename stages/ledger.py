@@ -7,13 +7,14 @@ from typing import Any
 
 from mixing.mixture import StageMixture
 from mixing.source import BadRow
+from stages.problems import RunError
 
 
 def ledger_entry(mixture: StageMixture, stage: str, steps: int, images: Mapping[str, int], tokens_per_image: int, dropped: Mapping[str, int]) -> dict[str, Any]:
     """One stage's page of the ledger.
 
     steps: made so far. images: counted of each source, over all processes. tokens_per_image: of a target. dropped: unreadable rows of each source.
-    Raises RuntimeError if what was counted is not what the order says, beyond its guarantee: then the mixture is not the one that was asked for.
+    Raises RunError if what was counted is not what the order says, beyond its guarantee: then the mixture is not the one that was asked for.
     """
     total = sum(images.values())
     order = mixture.order
@@ -26,7 +27,7 @@ def ledger_entry(mixture: StageMixture, stage: str, steps: int, images: Mapping[
         off = abs(images.get(name, 0) - share * total)
         allowed = 2 + (order.micro_batches_off * order.micro if len(order.signatures) > 1 else 0)
         if off > allowed + 1e-9 * total:
-            raise RuntimeError(f"stage '{stage}': source '{name}' was asked for {share:.4%} of {total:,} images and gave {images.get(name, 0):,}, off by more than {allowed:g}")
+            raise RunError(f"stage '{stage}': source '{name}' was asked for {share:.4%} of {total:,} images and gave {images.get(name, 0):,}, off by more than {allowed:g}")
         sources[name] = {
             "asked": share,
             "drawn": images.get(name, 0) / total if total else 0.0,

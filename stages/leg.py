@@ -16,6 +16,7 @@ from accelerate.utils import gather_object, reduce
 from rich.table import Table
 from torch import Tensor, nn
 
+from mixing.bad_rows import BadRow
 from mixing.keys import key
 from mixing.mixture import MicroBatch, StageMixture
 from stages.adapter import adapter_weights, load_adapter_weights, lora_layers
@@ -27,6 +28,7 @@ from stages.objectives.flow import Density
 from stages.optim import Average, load_optimizer_state, make_optimizer, optimizer_state
 from stages.plan import Stage, resolved_batch, resolved_rate, resolved_storage
 from stages.precision import Multiplied, StagePrecision
+from stages.problems import RunError
 from stages.reader import PlanError
 from stages.report import write_report
 from stages.run import Run
@@ -35,7 +37,7 @@ from stages.sampling import previews, sheet
 _MOST_BAD = 0.01
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training cannot go on: what was measured is not what the plan asks for, or is no number."""
 
 
@@ -117,7 +119,11 @@ class Leg:
             self.window.losses[source] = self.window.losses.get(source, losses.new_zeros(())) + losses[place]
         self.rows += [(batch.micro, source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]
         for row in batch.bad:
-            self.bad.setdefault(row.source, {})[row.key] = row.reason
+            self.note_bad(row)
+
+    def note_bad(self, row: BadRow) -> None:
+        """Count a row that could not be decoded."""
+        self.bad.setdefault(row.source, {})[row.key] = row.reason
 
     def stepped(self) -> None:
         """A step was made: count it, average the weights, write the trace."""
@@ -181,7 +187,7 @@ class Leg:
             for row, reason in rows.items():
                 if (name, row) not in self.named_rows:
                     self.named_rows.add((name, row))
-                    self.run.log.warn(f"source '{name}': {row}: {reason}; another row stands in its place", self.stage.name, self.step)
+                    self.run.log.warn(f"source '{name}': {row}: {reason}; it is left out", self.stage.name, self.step)
             number, of = len(rows) + len(source.bad), len(source) + len(source.bad)
             if self.run.plan.sources[name].on_bad_row == "stop" or number > _MOST_BAD * of:
                 raise PlanError.at(f"sources.{name}", f"{number} of {of} rows cannot be read, such as {next(iter(rows))}: {next(iter(rows.values()))}; repair or remove them")
@@ -204,7 +210,14 @@ class Leg:
         run = self.run
         with self.averaged() as weights:
             measured = evaluate(
-                run.family, self.model, run.selections, resolution=self.stage.resolution, precision=self.precision, seed=run.plan.seed, accelerator=run.accelerator
+                run.family,
+                self.model,
+                run.selections,
+                resolution=self.stage.resolution,
+                precision=self.precision,
+                seed=run.plan.seed,
+                accelerator=run.accelerator,
+                unreadable=self.note_bad,
             )
         summary = measured.summary(self.base, self.start)
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})

@@ -16,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.problems import RunError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class LaunchError(RuntimeError):
+class LaunchError(RunError):
     """The processes that were started are not those that accelerate sees."""
 
 

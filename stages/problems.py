@@ -47,6 +47,10 @@ class PlanError(ValueError):
         return cls([Problem(place, "", message)])
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though plan and data are right; the message says what was found and what to do."""
+
+
 def _order(problem: Problem) -> tuple[int, str, int, int, str, str]:
     placed = re.fullmatch(r"(.*):(\d+):(\d+)", problem.place, re.DOTALL)
     if placed is None:

@@ -17,11 +17,12 @@ from stages.families.base import Family
 from stages.handoff import ADAPTER_FILE, probe, same_outputs
 from stages.plan import Adapter, Model, Plan
 from stages.precision import DTYPES, StagePrecision
+from stages.problems import RunError
 
 _LOADED_BACK = {"fp32": 1e-5, "bf16": 3e-2}  # relative to the largest output; alpha / rank is multiplied elsewhere, and bf16 rounds it elsewhere
 
 
-class PublishError(RuntimeError):
+class PublishError(RunError):
     """The adapter that was written does not give the output that training saw."""
 
 

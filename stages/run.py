@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mixing.mixture import Selection, check_processes, select
+from mixing.mixture import Selection, TooManyBadRows, check_processes, select
 from mixing.source import SourceError, open_source
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
@@ -169,7 +169,14 @@ class Run:
             transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None)
             began = time.monotonic()
             measured = evaluate(
-                self.family, transformer, self.selections, resolution=stage.resolution, precision=precision, seed=self.plan.seed, accelerator=self.accelerator
+                self.family,
+                transformer,
+                self.selections,
+                resolution=stage.resolution,
+                precision=precision,
+                seed=self.plan.seed,
+                accelerator=self.accelerator,
+                unreadable=lambda row: None,  # the stage's first evaluation reads the same rows and names them
             )
             outputs = probe(self.family, transformer, probe_batches(self.selections, stage.resolution), precision, self.plan.seed)
             untrained = self.judged(transformer, stage, precision)
@@ -274,6 +281,8 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         accelerator.wait_for_everyone()
         try:
             yield run
+        except TooManyBadRows as error:
+            raise PlanError.at("", str(error)) from None
         finally:
             run.log.close()
             if run.trace:

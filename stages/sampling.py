@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixing.images import decode, fit, from_tensor
 from mixing.keys import key
-from mixing.mixture import Selection, read_batch
+from mixing.mixture import Selection, read_rows
 from stages.families.base import Family, Text
 from stages.objectives import flow
 from stages.precision import StagePrecision
@@ -57,7 +57,7 @@ def previews(
     for number, (name, selection) in enumerate(selections.items()):
         if number % accelerator.num_processes != accelerator.process_index:
             continue
-        for batch in read_batch(selection.source, selection.held_out[:rows].tolist(), resolution):
+        for batch in read_rows(selection.source, selection.held_out[:rows].tolist(), resolution)[0]:
             shape = family.encode_images(batch.targets[:1]).shape[1:]
             e = flow.noise(shape, [key(seed, "preview", name, row) for row in batch.keys]).to(accelerator.device)
             references = [family.encode_images(reference) for reference in batch.references]
@@ -171,7 +171,7 @@ def accuracy(
     (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises ValueError if no caption names a label.
     """
     resolution, source = judge.resolution, selection.source
-    captions = [prompt for batch in read_batch(source, selection.held_out.tolist(), resolution) for prompt in batch.prompts]
+    captions = [prompt for batch in read_rows(source, selection.held_out.tolist(), resolution)[0] for prompt in batch.prompts]
     captions = [caption for caption in captions if judge.label_of(caption)]
     if not captions:
         raise ValueError(f"evaluate.accuracy: no held-out caption of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
@@ -189,7 +189,7 @@ def accuracy(
     wanted = [judge.label_of(caption) for caption in asked]
     moved = sorted(range(samples), key=lambda number: key(seed, "shuffled", number))
     rows = np.concatenate(list(selection.training.values()))[:500].tolist()
-    real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_batch(source, rows, resolution) for image, prompt in zip(batch.targets, batch.prompts, strict=True)]
+    real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_rows(source, rows, resolution)[0] for image, prompt in zip(batch.targets, batch.prompts, strict=True)]
     real = [(image, label) for image, label in real if label]
     return {
         "accuracy": sum(label == wanted[number] for number, label in gathered) / samples,

@@ -9,12 +9,13 @@ import pytest
 import torch
 from models import tiny_flux
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
 from stages.adapter import TargetError, adapter_weights, add_adapter, choose_trainable, load_adapter_weights, lora_layers, matched, without_input_casts
 from stages.families.flux import Flux
 from stages.objectives import flow
 from stages.optim import make_optimizer
 from stages.plan import Adapter, Optimizer
-from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red disc", "make it blue"]
@@ -315,5 +316,3 @@ def test_pefts_casts_cost_memory_that_is_saved_without_them(family: Flux) -> Non
         saved.append(sum(kept.values()))
         del output
     assert saved[1] < saved[0]
-
-

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stages.checkpoint
 import torch
 from safetensors import SafetensorError
-from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, read_checkpoint, step_folder, write_checkpoint, write_whole
 from torch import Tensor
+
+import stages.checkpoint
+from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, read_checkpoint, step_folder, write_checkpoint, write_whole
 
 STATE = {"stage": "only", "finished": False}
 

@@ -12,19 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stages.evaluate
 import torch
+from models import tiny_flux
+from scipy import stats
+from torch import Tensor, nn
+
+import stages.evaluate
+from mixing.bad_rows import BadRow
+from mixing.images import fit, to_tensor
+from mixing.keys import key
 from mixing.mixture import Selection, select
 from mixing.source import open_source
-from models import tiny_flux
 from runs import make_data
-from scipy import stats
 from stages.evaluate import STRATA, Measured, evaluate
 from stages.families.base import Text
 from stages.families.flux import Flux
 from stages.objectives.flow import Density, blend, noise
 from stages.precision import StagePrecision
-from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 FP32 = StagePrecision("fp32", CPU)
@@ -72,9 +76,11 @@ def process(index: int = 0, of: int = 1) -> Any:
     return SimpleNamespace(process_index=index, num_processes=of, device=CPU)
 
 
-def measure(family: Flux, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32) -> Measured:
-    transformer = family.load_transformer(torch.float32, None)
-    return evaluate(family, transformer, selections, resolution=8, precision=precision, seed=seed, accelerator=accelerator or process())
+def measure(
+    family: Flux, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None
+) -> Measured:
+    transformer, unreadable = family.load_transformer(torch.float32, None), [] if bad is None else bad
+    return evaluate(family, transformer, selections, resolution=8, precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append)
 
 
 def largest_difference(one: Measured, other: Measured) -> float:
@@ -119,23 +125,21 @@ def test_the_numbers_do_not_depend_on_the_order_of_the_sources(family: Watched, 
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_numbers_do_not_depend_on_the_number_of_processes(
-    family: Watched, selections: dict[str, Selection], monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
+def test_the_numbers_do_not_depend_on_the_number_of_processes(family: Watched, selections: dict[str, Selection], monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     alone = measure(family, selections)
     parts: list[list[Any]] = []
     monkeypatch.setattr(stages.evaluate, "_ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(stages.evaluate, "gather_object", lambda rows: parts.append(rows) or rows)
+    monkeypatch.setattr(stages.evaluate, "gather_object", lambda rows: [parts.append(rows), rows][1])
     for index in range(processes):
         measure(family, selections, accelerator=process(index, processes))
     assert min(len(part) for part in parts) >= 8
-    monkeypatch.setattr(stages.evaluate, "gather_object", lambda rows: sum(parts, []))
+    monkeypatch.setattr(stages.evaluate, "gather_object", lambda rows: [row for part in parts for row in part])
     for index in range(processes):
         assert largest_difference(measure(family, selections, accelerator=process(index, processes)), alone) <= 1e-6
 
 
 def test_evaluating_leaves_every_random_generator_as_it_was(family: Watched, selections: dict[str, Selection]) -> None:
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index, union-attr]
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
     measure(family, selections)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()  # type: ignore[index]
@@ -145,7 +149,7 @@ def test_evaluating_leaves_every_random_generator_as_it_was(family: Watched, sel
 def test_evaluating_leaves_no_gradient_and_changes_no_weight(family: Watched, selections: dict[str, Selection]) -> None:
     model = family.load_transformer(torch.float32, None).train().requires_grad_(True)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    evaluate(family, model, selections, resolution=8, precision=FP32, seed=5, accelerator=process())
+    evaluate(family, model, selections, resolution=8, precision=FP32, seed=5, accelerator=process(), unreadable=lambda row: None)
     assert model.training
     assert all(parameter.grad is None and parameter.requires_grad and torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
@@ -169,9 +173,6 @@ def test_a_loss_is_that_of_its_row_at_its_timestep_with_its_own_noise(family: Wa
     family.wrong = torch.zeros(())
     measured = measure(family, selections)
     photos = selections["photos"]
-    from mixing.images import fit, to_tensor
-    from mixing.keys import key
-
     seen = torch.cat([noised for noised, _ in family.asked])
     for row in photos.held_out.tolist()[:5]:
         example = photos.source.example(row)
@@ -253,8 +254,10 @@ def test_a_held_out_row_that_cannot_be_read_is_left_out_and_the_others_keep_thei
     broken = next(iter(whole.losses["photos"]))
     content = (tmp_path / "data" / "photos" / broken).read_bytes()
     (tmp_path / "data" / "photos" / broken).write_bytes(content[: len(content) // 2])
-    without = measure(family, chosen[1])
-    assert broken not in without.losses["photos"]
+    bad: list[BadRow] = []
+    without = measure(family, chosen[1], bad=bad)
+    assert [(row.source, row.key) for row in bad] == [("photos", broken)]
+    assert without.losses["photos"].keys() == whole.losses["photos"].keys() - {broken}
     for row, loss in without.losses["photos"].items():
         assert loss == pytest.approx(whole.losses["photos"][row], abs=1e-6)
         assert without.strata["photos"][row] == whole.strata["photos"][row]

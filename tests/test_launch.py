@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import make_world, plan_of, write_plan
 from safetensors.torch import load_file
+
+from runs import make_world, plan_of, write_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from mixing.images import fit, to_tensor
-from mixing.mixture import MicroBatch, Selection, StageMixture, TooManyBadRows, cells, check_processes, read_batch, select
+from mixing.mixture import MicroBatch, Selection, StageMixture, TooManyBadRows, cells, check_processes, read_rows, select
 from mixing.shares import shares, weights
 from mixing.source import Source
 from mixing.tasks import Cells
-from PIL import Image
+from runs import launch, make_world, plan_of, write_plan
 
 SIDE = 4
 
@@ -34,7 +37,7 @@ class InMemory:
 
     def cells(self, index: int) -> Cells:
         content = png(index)
-        target = content[: len(content) - 20] if self.keys[index] in self.broken else content
+        target = content[:45] if self.keys[index] in self.broken else content
         return Cells(f"row {self.keys[index]}", target, tuple(png(index + place + 1) for place in range(self.num_references[index])))
 
 
@@ -67,10 +70,17 @@ def three_sources() -> dict[str, Selection]:
     }
 
 
-def mixture_of(selections: Mapping[str, Selection], *, images: int = 16, micro: int = 2, seed: int = 1, drawn_before: Mapping[tuple[str, str], int] | None = None, stage: str = "only", **mix: float) -> StageMixture:
-    return StageMixture(
-        selections, mix=mix or "natural", seed=seed, stage=stage, resolution=SIDE, images=images, micro=micro, drawn_before=drawn_before or {}
-    )
+def mixture_of(
+    selections: Mapping[str, Selection],
+    *,
+    mix: Mapping[str, float] | None = None,
+    images: int = 16,
+    micro: int = 2,
+    seed: int = 1,
+    drawn_before: Mapping[tuple[str, str], int] | None = None,
+    stage: str = "only",
+) -> StageMixture:
+    return StageMixture(selections, mix=mix or "natural", seed=seed, stage=stage, resolution=SIDE, images=images, micro=micro, drawn_before=drawn_before or {})
 
 
 def batches(mixture: StageMixture, first: int, last: int, *, rank: int = 0, processes: int = 1, workers: int = 0) -> list[MicroBatch]:
@@ -183,7 +193,7 @@ def test_a_source_with_mixed_numbers_of_references_gives_each_row_its_turn_and_n
 
 
 def test_counts_of_the_formula_are_those_of_the_batches() -> None:
-    mixture = mixture_of(three_sources(), a=50, b=20, c=30)
+    mixture = mixture_of(three_sources(), mix={"a": 50, "b": 20, "c": 30})
     for steps in (0, 1, 7, 30):
         counted: Counter[tuple[str, str]] = Counter()
         for batch in batches(mixture, 0, steps):
@@ -203,7 +213,7 @@ def test_a_later_stage_goes_on_in_the_epoch_of_the_one_before() -> None:
 
 
 def test_a_source_that_the_mix_leaves_out_is_not_drawn() -> None:
-    assert {name for name, _ in drawn(batches(mixture_of(three_sources(), a=1, b=0, c=2), 0, 20))} == {"a", "c"}
+    assert {name for name, _ in drawn(batches(mixture_of(three_sources(), mix={"a": 1, "b": 0, "c": 2}), 0, 20))} == {"a", "c"}
 
 
 # --- broken rows ------------------------------------------------------------------------------------------------------------------------
@@ -235,18 +245,33 @@ def test_a_source_of_which_no_row_can_be_read_is_named_with_its_last_row(workers
         batches(mixture_of(broken), 0, 1, workers=workers)
 
 
+@pytest.mark.launch
+def test_a_run_on_rows_of_which_none_can_be_decoded_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+    """Their headers are whole, so opening the source finds nothing wrong."""
+    world = make_world(tmp_path / "world")
+    for file in (world / "data" / "photos").glob("*.png"):
+        file.write_bytes(file.read_bytes()[:-100])
+    plan = plan_of(world, sources={"photos": {"path": str(world / "data" / "photos")}})
+    plan["stages"] = plan["stages"][1:2]
+    codes = launch([str(write_plan(tmp_path / "tiny.yaml", plan)), "--out", str(tmp_path / "run")], output=tmp_path / "log")
+    printed = (tmp_path / "log").read_text()
+    assert codes == [2], printed
+    assert "source 'photos'" in printed
+    assert "Traceback" not in printed
+
+
 def test_held_out_rows_are_read_by_signature_and_broken_ones_left_out_and_named() -> None:
     source = source_of("c", rows_of("c", 6), [0, 1, 0, 1, 2, 0], broken=["c0002", "c0004"])
-    found = read_batch(source, [5, 4, 3, 2, 1, 0], SIDE)
+    found, bad = read_rows(source, [5, 4, 3, 2, 1, 0], SIDE)
     assert [(batch.keys, len(batch.references)) for batch in found] == [(("c0005", "c0000"), 0), (("c0003", "c0001"), 1)]
-    assert [row.key for batch in found for row in batch.bad] == ["c0002"]
-    assert read_batch(source, [], SIDE) == ()
+    assert {row.key for row in bad} == {"c0002", "c0004"}
+    assert read_rows(source, [], SIDE) == ([], [])
 
 
 def test_every_held_out_row_that_cannot_be_read_is_named() -> None:
     """Also where it is the only one with its number of references."""
     source = source_of("c", rows_of("c", 3), [0, 0, 1], broken=["c0001", "c0002"])
-    assert {row.key for batch in read_batch(source, [0, 1, 2], SIDE) for row in batch.bad} == {"c0001", "c0002"}
+    assert {row.key for row in read_rows(source, [0, 1, 2], SIDE)[1]} == {"c0001", "c0002"}
 
 
 # --- which rows: take and held out ------------------------------------------------------------------------------------------------------
@@ -363,5 +388,18 @@ def test_as_dataset_is_the_same_order_and_maps() -> None:
 def test_as_dataset_has_the_columns_that_it_promises() -> None:
     mixture = mixture_of(three_sources())
     row = next(iter(mixture.as_dataset(1)))
-    promised = (mixture.as_dataset.__doc__ or "").split("of rows: ")[1].split(";")[0].split(", ")
+    promised = ["step", "micro", "source", "key", "prompt", "target", "references"]
+    assert all(name in (mixture.as_dataset.__doc__ or "") for name in promised)
     assert sorted(row) == sorted(promised)
+
+
+def test_as_dataset_has_the_pixels_and_prompts_that_training_sees() -> None:
+    mixture = mixture_of(three_sources())
+    found = [(batch, place) for batch in batches(mixture, 0, 3) for place in range(len(batch.keys))]
+    for row, (batch, place) in zip(mixture.as_dataset(3), found, strict=True):
+        assert row["prompt"] == batch.prompts[place]
+        seen = [batch.targets[place], *(reference[place] for reference in batch.references)]
+        shown = [row["target"], *row["references"]]
+        assert len(shown) == len(seen)
+        for pixels, tensor in zip(shown, seen, strict=True):
+            assert torch.equal(to_tensor(Image.fromarray(np.asarray(pixels, dtype=np.uint8))), tensor)

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
+
 from stages.objectives.flow import Density, blend, losses, noise, quantiles
 
 EVENLY = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000

@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from stages.optim import Average, load_optimizer_state, make_optimizer, optimizer_state, rate_at
 from stages.plan import LearningRate, Optimizer, Stage, resolved_rate
-from torch import Tensor, nn
 
 SETTINGS = Optimizer(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
@@ -40,7 +41,7 @@ def take_steps(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Par
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (7, 2), (1000, 0), (3, 1)])
 def test_rate_begins_at_warmup_from_reaches_its_peak_after_the_warmup_and_ends_at_its_floor(schedule: str, steps: int, warmup: int) -> None:
     floor = None if schedule == "constant" else 4e-6
-    rate = LearningRate(peak=1e-3, warmup=warmup, warmup_from=2e-6, schedule=schedule, floor=floor)  # type: ignore[arg-type]
+    rate = LearningRate(peak=1e-3, warmup=warmup, warmup_from=2e-6, schedule=schedule, floor=floor)
     rates = [rate_at(step, steps, rate) for step in range(steps)]
     assert rates[0] == (2e-6 if warmup else 1e-3)
     assert rates[warmup] == 1e-3

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from runs import adapter_bytes, copy_run, events, launch, make_world, plan_of, write_plan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from runs import adapter_bytes, copy_run, events, launch, make_world, plan_of, write_plan
 
 PROCESSES = pytest.mark.launch
 
@@ -242,7 +243,7 @@ def test_until_stops_after_a_stage_and_the_same_command_goes_on(world: Path, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stages.expose.lr=0.02", "stages[1].lr was 0.01, is 0.02, and stage 'expose' is finished"),
+        ("stages.expose.lr=0.02", "stages[1].lr.peak was 0.01, is 0.02, and stage 'expose' is finished"),
         ("seed=4", "seed was 3, is 4"),
         ("sources.edits.take.count=10", "sources.edits.take"),
         ("adapter.rank=3", "adapter.rank was 2, is 3"),
