@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+# accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
+LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
 .PHONY: quickstart quickstart-short test docs clean
 
@@ -11,8 +12,9 @@ quickstart: .venv/installed  ## train the quickstart from scans to a published a
 # The same path in a tenth of the steps: for a first look and for continuous integration.
 quickstart-short: .venv/installed
 	$(BIN)/python plans/digits.py data/digits
-	$(LAUNCH) train.py plans/quickstart.yaml --out runs/quickstart-short --set stages.foundation.steps=60 \
-		--set stages.expose.steps=20 --set stages.refine.steps=20 --set evaluate.accuracy.samples=50
+	$(LAUNCH) train.py plans/quickstart.yaml --out runs/quickstart-short --set evaluate.accuracy.samples=50 \
+		--set stages.foundation.steps=100 --set stages.foundation.lr.warmup=10 --set stages.expose.steps=20 --set stages.expose.lr.warmup=2 \
+		--set stages.refine.steps=20 --set stages.refine.lr.warmup=2
 
 test: .venv/installed-dev  ## lint, types, tests
 	$(BIN)/ruff check .

@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def checked(path: Path, settings: Sequence[str] = ()) -> ReadPlan:
+def checked(path: str | Path, settings: Sequence[str] = ()) -> ReadPlan:
     """Read a plan and check what it means. Raises PlanError with every problem found."""
-    read = read_plan(path, settings)
+    read = read_plan(Path(path), settings)
     if problems := check_plan(read, Path.cwd()):
         raise PlanError(problems)
     return read
@@ -86,7 +86,7 @@ def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = No
 
     plan: the YAML file. settings: as `--set`. Raises PlanError if the plan or the data is wrong.
     """
-    read = checked(Path(plan), settings)
+    read = checked(plan, settings)
     launch(read.plan, out=out, until=until, trace=trace)
     return out or Path("runs") / read.plan.name
 

@@ -26,14 +26,16 @@ class LaunchError(RunError):
 
 
 def start_accelerator(track: str | None) -> Accelerator:
-    """The launch's Accelerator: on the GPU where there is one, else on the CPU, with one thread for each process.
+    """The launch's Accelerator: on the GPU where there is one, else on the CPU, with one thread for each process
+    (or as many as the environment variable MEDLEY_THREADS says).
 
     track: the tracker's name, or None. Raises LaunchError if the launcher started another number of processes than take part.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        # More threads than idle cores make small steps ten times slower, and another number of threads adds up in another order.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        # More threads than idle cores make small steps ten times slower, and another number of threads adds up in another order, so it is not
+        # left to OMP_NUM_THREADS, which `accelerate launch` sets to the number of cores.
+        torch.set_num_threads(int(os.environ.get("MEDLEY_THREADS", "1")))
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=track)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:

@@ -255,7 +255,7 @@ def test_everything_is_on_the_disk_before_it_comes_into_view(tmp_path: Path, mon
 
 
 def test_the_newest_are_kept_and_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    for step in (5, 100, 20, 1_000_000):
+    for step in (5, 20, 100, 1_000_000):
         write(tmp_path, step)
     (tmp_path / ".step-000030.partial").mkdir()
     (tmp_path / ".step-000020.old").mkdir()

@@ -11,6 +11,9 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 SHORT = [
     "stages.foundation.steps=6",
+    "stages.foundation.lr.warmup=2",
+    "stages.expose.lr.warmup=2",
+    "stages.refine.lr.warmup=1",
     "stages.expose.steps=4",
     "stages.refine.steps=4",
     "evaluate.rows=8",
