@@ -44,7 +44,7 @@ def add_adapter(model: nn.Module, settings: Adapter, words: Mapping[str, Sequenc
     """
     targets = settings.targets
     names = matched(model, words[targets] if isinstance(targets, str) else targets, "adapter.targets")
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=names, init_lora_weights=False)
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=exactly(names), init_lora_weights=False)
     inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, layer in lora_layers(model).items():
         down, up = layer.lora_A[NAME], layer.lora_B[NAME]
@@ -53,10 +53,14 @@ def add_adapter(model: nn.Module, settings: Adapter, words: Mapping[str, Sequenc
         generator = torch.Generator().manual_seed(key(seed, "adapter", name) & (2**63 - 1))
         bound = 1 / math.sqrt(down.in_features)
         with torch.no_grad():
-            drawn = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
-            down.weight.copy_(drawn)
+            down.weight.copy_(torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator))
             up.weight.zero_()
     return names
+
+
+def exactly(names: Sequence[str]) -> str:
+    """A pattern that matches these names and no others: a list of names would match their endings too (peft 0.21)."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

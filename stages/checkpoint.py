@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,9 +28,12 @@ class Checkpoint:
     step: int
     state: Mapping[str, Any]
 
+    files: Mapping[str, str]
+    """The SHA-256 of each of its files, by name."""
+
     def has(self, name: str) -> bool:
         """Whether it holds tensors of this name."""
-        return (self.folder / f"{name}.safetensors").exists()
+        return f"{name}.safetensors" in self.files
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU."""
@@ -38,9 +42,7 @@ class Checkpoint:
 
     def hash_of(self, name: str) -> str | None:
         """The SHA-256 of the file of the tensors of this name, or None if there are none."""
-        manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-        entry = manifest["files"].get(f"{name}.safetensors")
-        return str(entry["sha256"]) if entry else None
+        return self.files.get(f"{name}.safetensors")
 
     def file(self, name: str) -> Path:
         """The file of the tensors of this name."""
@@ -53,23 +55,22 @@ def step_folder(stage_folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(stage_folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> int:
-    """Write a checkpoint beside its place, sync it, and rename it into view; return its size in bytes.
+    """Write a checkpoint beside its place, sync it, and rename it into view; return the bytes of what it holds.
 
-    A checkpoint that already stands there is replaced. Raises OSError, leaving nothing in view, where the disk is full.
+    A checkpoint that already stands there is replaced. Raises OSError, leaving nothing, where the disk is full.
     """
     place = step_folder(stage_folder, step)
     partial = stage_folder / f".{place.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
-    (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
-    for name in files:
-        sync(partial / name)
-    (partial / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
-    sync(partial / _MANIFEST)
-    sync(partial)
+    try:
+        _fill(partial, step, tensors, state)
+    except SafetensorError as error:
+        shutil.rmtree(partial)
+        raise OSError(f"{place}: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     if place.exists():
         old = stage_folder / f".{place.name}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -79,7 +80,19 @@ def write_checkpoint(stage_folder: Path, step: int, tensors: Mapping[str, Mappin
     else:
         partial.rename(place)
     sync(stage_folder)
-    return sum((place / name).stat().st_size for name in files)
+    return sum(path.stat().st_size for path in place.iterdir())
+
+
+def _fill(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    for name, values in tensors.items():
+        save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
+    (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
+    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
+    for name in files:
+        sync(partial / name)
+    (partial / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+    sync(partial / _MANIFEST)
+    sync(partial)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -96,12 +109,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise ValueError(f"{folder}: {name} is missing")
             if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
                 raise ValueError(f"{folder}: {name} is not what was written (its hash differs)")
+        if _STATE not in manifest["files"]:
+            raise ValueError(f"{folder}: its manifest does not name {_STATE}")
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, int(state["step"]), state)
+        for step in (manifest["step"], state["step"]):
+            if step_folder(folder.parent, step).name != folder.name:
+                raise ValueError(f"{folder}: it is the checkpoint of step {step}")
+        return Checkpoint(folder, int(state["step"]), state, {name: str(entry["sha256"]) for name, entry in manifest["files"].items()})
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {Path(error.filename).name} is missing; it was not finished") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}: its manifest or state cannot be read ({error})") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{folder}: its {_MANIFEST} or {_STATE} cannot be read ({error})") from None
 
 
 def newest_checkpoint(stage_folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -114,10 +132,15 @@ def newest_checkpoint(stage_folder: Path, say: Callable[[str], None]) -> Checkpo
     return None
 
 
-def keep_newest(stage_folder: Path, number: int) -> None:
-    """Delete all but the newest checkpoints of a stage, and what a killed process left half-written."""
-    for folder in sorted(_steps(stage_folder), key=lambda path: int(path.name[5:]), reverse=True)[number:]:
-        shutil.rmtree(folder)
+def keep_newest(stage_folder: Path, number: int, written: int) -> None:
+    """Delete all but the newest checkpoints of a stage up to the step just written, and what a killed process left half-written.
+
+    Later steps than that can only be damaged ones, from before the run went on from an earlier checkpoint: they go too.
+    """
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in _steps(stage_folder)}
+    kept = sorted(step for step in steps if step <= written)[-number:]
+    for step in steps.keys() - set(kept):
+        shutil.rmtree(steps[step])
     for leftover in stage_folder.glob(".step-*"):
         shutil.rmtree(leftover)
 

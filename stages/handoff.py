@@ -5,6 +5,7 @@ Every stage builds its model anew from disk, so starting, handing on and resumin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,11 @@ def read_start(plan: Plan, fingerprint: str) -> Baton:
             notes = header.metadata() or {}
         if notes.get("medley.model", fingerprint) != fingerprint:
             raise ValueError(f"start: {file} was trained on another model than the plan's")
-        # A published file has alpha = rank: its B holds the scale.
         weights = {name.removeprefix("transformer."): value.float() for name, value in load_file(file).items()}
+        # Medley's own files hold the scale in B and say alpha = rank; other trainers leave it beside.
+        config = json.loads(notes.get("lora_adapter_metadata", "{}"))
+        rank = float(config.get("transformer.r", 1))
+        scale /= float(config.get("transformer.lora_alpha", rank)) / rank
         return Baton(None, {name: value / scale if ".lora_B." in name else value for name, value in weights.items()}, str(file))
     if (place / "stages").is_dir():
         folders = sorted((place / "stages").iterdir(), key=lambda folder: int(folder.name.split("-")[0]))

@@ -104,7 +104,7 @@ class Leg:
         """Compare the dtype of the matrix products that were made with the plan's. Raises TrainingError if they differ."""
         self.multiplied = watch.verdict()
         if self.multiplied != self.stage.precision:
-            raise TrainingError(f"stage '{self.stage.name}' asks for precision {self.stage.precision}, and its products were made in {dict(watch.dtypes)}")
+            raise TrainingError(f"stage '{self.stage.name}' asks for precision {self.stage.precision}, and its matrix products were made: {self.multiplied}")
 
     def check_gradients(self) -> None:
         """After the first step of this launch: every trainable parameter must have a gradient. Raises TrainingError naming those that have none."""
@@ -279,7 +279,7 @@ class Leg:
             if probed is not None:
                 tensors["probe"] = probed
             write_checkpoint(folder, self.step, tensors, state)
-            keep_newest(folder, 1 if finished else run.plan.keep)
+            keep_newest(folder, 1 if finished else run.plan.keep, self.step)
             write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
         run.accelerator.wait_for_everyone()
 

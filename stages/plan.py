@@ -264,11 +264,11 @@ def resolved_batch(stage: Stage) -> Batch:
 
 
 def resolved_rate(stage: Stage) -> LearningRate:
-    """The stage's learning rate with `warmup` filled in, min(100, 5 % of the steps, rounded up), and `floor` where the schedule has one, 0."""
+    """The stage's learning rate with `warmup` filled in, min(100, 5 % of the steps, rounded down), and `floor` where the schedule has one, 0."""
     rate = stage.lr if isinstance(stage.lr, LearningRate) else LearningRate(peak=stage.lr)
     filled: dict[str, int | float] = {}
     if rate.warmup is None:
-        filled["warmup"] = min(100, -(-stage.steps // 20))
+        filled["warmup"] = min(100, stage.steps // 20)
     if rate.floor is None and rate.schedule != "constant":
         filled["floor"] = 0.0
     return rate.model_copy(update=filled)

@@ -37,10 +37,13 @@ def start_accelerator(track: str | None) -> Accelerator:
         # left to OMP_NUM_THREADS, which `accelerate launch` sets to the number of cores.
         torch.set_num_threads(int(os.environ.get("MEDLEY_THREADS", "1")))
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=track)
+    # `accelerate launch --cpu --num_processes 2` starts one, and leaves only an address for the two to meet at (accelerate 1.15).
+    lost = on_cpu and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    if lost or accelerator.num_processes != started:
+        found = "the launcher was asked for several processes and started one" if lost else f"the launcher started {started} processes and accelerate sees {accelerator.num_processes}"
         raise LaunchError(
-            f"the launcher started {started} processes and accelerate sees {accelerator.num_processes}; "
+            f"{found}; "
             "start them with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`, or set ACCELERATE_USE_CPU=true"
         )
     return accelerator
@@ -78,7 +81,7 @@ class Multiplied(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def verdict(self) -> str:
-        """The dtype of most products, as a plan names it."""
+        """The dtype of all products, as a plan names it; where there are several, each with its number."""
         names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        most = self.dtypes.most_common(1)
-        return names.get(most[0][0], most[0][0]) if most else "none"
+        found = [(names.get(dtype, dtype), number) for dtype, number in self.dtypes.most_common()]
+        return found[0][0] if len(found) == 1 else " and ".join(f"{number} in {name}" for name, number in found) or "none"

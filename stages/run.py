@@ -219,8 +219,8 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         "seed": plan.seed,
         "model": whole["model"],
         "fingerprint": model,
-        "adapter": whole["adapter"],
-        "start": whole["start"],
+        "adapter": whole.get("adapter"),
+        "start": whole.get("start"),
         "evaluate.rows": plan.evaluate.rows,
         "stage": own,
         "sources": {name: whole["sources"][name] for name in drawn},
@@ -409,7 +409,10 @@ def finish(run: Run) -> None:
     model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
         if run.baton.base is not None and not (model_folder / "model_index.json").exists():
-            run.family.save_model(model_folder, run.family.load_transformer(torch.float32, run.baton.base))
+            transformer = run.family.load_transformer(torch.float32, run.baton.base)
+            if stage.train == "full" and checkpoint.has("ema"):
+                transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
+            run.family.save_model(model_folder, transformer)
             run.log.say(f"the trained model is in {model_folder}")
         if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
             batches = probe_batches(run.selections, stage.resolution)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from mixing.images import decode, fit, from_tensor
+from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
 from mixing.mixture import Selection, read_rows
 from stages.families.base import Family, Text
@@ -101,16 +102,16 @@ def sheet(shown: Sequence[Preview]) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The first two lines of a caption, broken between words."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and font.getlength(f"{line} {word}") > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    lines.append(line)
-    return lines if len(lines) <= 2 else [lines[0], lines[1] + " …"]
+    """The first two lines of a caption, broken between words, and inside a word that is wider than a line."""
+    text = " ".join(text.split())[:400]
+    lines: list[str] = []
+    while text and len(lines) < 3:
+        fits = next(length for length in range(len(text), 0, -1) if length == 1 or font.getlength(text[:length]) <= width)
+        space = text.rfind(" ", 0, fits + 1) if fits < len(text) else -1
+        cut = space if space > 0 else fits
+        lines.append(text[:cut])
+        text = text[cut:].lstrip()
+    return lines if len(lines) <= 2 else [lines[0], lines[1][:-2].rstrip() + " …"]
 
 
 # --- accuracy -------------------------------------------------------------------------------------------------------------------------
@@ -133,9 +134,15 @@ class Judge:
 
     def label_of(self, caption: str) -> str | None:
         """The one label whose words stand in a caption, or None if none or several do."""
-        padded = f" {' '.join(caption.lower().split())} "
-        found = [label for label in self.labels if f" {label.lower()} " in padded]
+        words = _words(caption)
+        found = [label for label in self.labels if f" {_words(label).strip()} " in words]
         return found[0] if len(found) == 1 else None
+
+
+def _words(text: str) -> str:
+    """The words of a text in lower case, a space before and after each, without punctuation."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return f" {' '.join(words)} "
 
 
 def _pixels(images: Sequence[Image.Image], resolution: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -147,15 +154,23 @@ def fit_judge(folder: Path, resolution: int) -> Judge:
     from sklearn.svm import SVC
 
     images, labels = [], []
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        if not isinstance(row, dict) or not {"file_name", "label"} <= row.keys():
-            raise ValueError(f"{folder / 'metadata.jsonl'}:{number}: a line needs file_name and label")
-        path = (folder / str(row["file_name"])).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / 'metadata.jsonl'}:{number}: file_name leaves the folder")
-        images.append(decode(path))
+    file = folder / "metadata.jsonl"
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {"file_name", "label"} <= row.keys():
+                raise ValueError("a line needs file_name and label")
+            path = (folder / str(row["file_name"])).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise ValueError("file_name leaves the folder")
+            images.append(decode(path))
+        except (ValueError, OSError, UnreadableImage) as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
         labels.append(str(row["label"]))
+    if len(set(labels)) < 2:
+        raise ValueError(f"{file}: {len(set(labels))} labels; a classifier needs two or more")
     machine = SVC(C=10.0, gamma="scale")
     machine.fit(_pixels(images, resolution), labels)
     return Judge(tuple(sorted(set(labels))), machine, resolution)

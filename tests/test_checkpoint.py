@@ -80,7 +80,7 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert not checkpoint.has("ema")
     assert checkpoint.hash_of("ema") is None
     assert checkpoint.hash_of("adapter") != checkpoint.hash_of("optimizer") != None  # noqa: E711
-    on_disk = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.name != "manifest.json")
+    on_disk = sum(path.stat().st_size for path in checkpoint.folder.iterdir())
     assert size == on_disk
     assert {path.name for path in checkpoint.folder.iterdir()} == {"adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
@@ -260,7 +260,7 @@ def test_the_newest_are_kept_and_what_a_killed_process_left_is_cleared_away(tmp_
     (tmp_path / ".step-000030.partial").mkdir()
     (tmp_path / ".step-000020.old").mkdir()
     (tmp_path / "notes.txt").write_text("the user's own")
-    keep_newest(tmp_path, 2)
+    keep_newest(tmp_path, 2, 1_000_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-000100", "step-1000000"]
 
 
@@ -269,7 +269,7 @@ def test_a_checkpoint_just_written_is_not_deleted_for_a_damaged_one_of_a_later_s
     write(tmp_path, 2)
     flip_one_bit(write(tmp_path, 4) / "adapter.safetensors")
     write(tmp_path, 3)
-    keep_newest(tmp_path, 1)
+    keep_newest(tmp_path, 1, 3)
     checkpoint, _ = found(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 3

@@ -109,7 +109,7 @@ def test_the_files_metadata_holds_the_notes_and_an_alpha_equal_to_the_rank(famil
     assert {name: metadata[name] for name in NOTES} == NOTES
     config = json.loads(metadata["lora_adapter_metadata"])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 2
-    assert len(config["transformer.target_modules"]) == 17
+    assert len(config["transformer.target_modules"].split("|")) == 17
 
 
 def test_equal_adapters_are_equal_files(family: Flux, tmp_path: Path) -> None:
@@ -270,6 +270,20 @@ def test_the_model_of_a_stage_with_ema_is_published_with_its_average(full: Path)
     published = load_file(full / "run" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     average = load_file(full / "run" / "stages" / "1-found" / "step-000006" / "ema.safetensors")
     assert all(torch.equal(published[name], value) for name, value in average.items())
+
+
+@pytest.mark.launch
+def test_a_full_stage_appended_to_a_finished_run_is_what_its_model_folder_holds_then(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world")
+    plan = plan_of(world, previews={"rows": 0})
+    del plan["adapter"]
+    plan["stages"] = plan["stages"][:1]
+    for stages in (plan["stages"], [*plan["stages"], {**plan["stages"][0], "name": "more"}]):
+        file = write_plan(tmp_path / "tiny.yaml", {**plan, "stages": stages})
+        assert launch([str(file), "--out", str(tmp_path / "run")], output=tmp_path / "log") == [0], (tmp_path / "log").read_text()
+        trained = next((tmp_path / "run" / "stages" / f"{len(stages)}-{stages[-1]['name']}").glob("step-*"))
+        published = load_file(tmp_path / "run" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(published[name], value) for name, value in load_file(trained / "transformer.safetensors").items())
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mixing.keys import key, uniform
 
+_SMALLEST = 2.0**-24
+
 
 @dataclass(frozen=True)
 class Density:
@@ -32,7 +34,8 @@ class Density:
             t = quantiles
         else:
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles))
-        return (self.shift * t / (1 + (self.shift - 1) * t)).float()
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t.clamp(_SMALLEST, 1 - _SMALLEST).float()  # float32 would round the outermost to 0 and 1
 
 
 def quantiles(base: int, positions: Sequence[int]) -> Tensor:
@@ -43,7 +46,9 @@ def quantiles(base: int, positions: Sequence[int]) -> Tensor:
 
 def noise(shape: Sequence[int], image_keys: Sequence[int]) -> Tensor:
     """Standard normal noise, float32 [B, *shape], image i's from its own generator, made on the CPU so that it is the same on every device."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(image_key & (2**63 - 1))) for image_key in image_keys])
+    # Not torch's CPU generator: of a seed it uses 32 bits (2.13), and a hundred thousand images would share some of their noise.
+    drawn = [np.random.Generator(np.random.Philox(key=image_key)).standard_normal(tuple(shape), dtype=np.float32) for image_key in image_keys]
+    return torch.from_numpy(np.stack(drawn))
 
 
 def blend(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
