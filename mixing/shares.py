@@ -33,7 +33,7 @@ def weights(mix: Mix, sizes: Mapping[str, int]) -> dict[str, Fraction]:
         unknown = [name for name in mix if name not in sizes]
         if unknown:
             raise ValueError(f"no source '{unknown[0]}' (sources: {', '.join(sizes)})")
-        asked = {name: Fraction(repr(mix[name])) for name in sizes if name in mix}
+        asked = {name: Fraction(repr(float(mix[name]))) for name in sizes if name in mix}
     else:
         asked = {name: Fraction(repr(float(size) ** mix.power)) if size else Fraction(0) for name, size in sizes.items()}
     drawn = {name: weight for name, weight in asked.items() if weight > 0}

@@ -18,7 +18,7 @@ NAME = "default"
 
 
 class TargetError(ValueError):
-    """A pattern of the plan that matches nothing in the model."""
+    """A pattern of the plan that matches nothing in the model, or saved pairs that do not fit it."""
 
 
 def matched(model: nn.Module, patterns: Sequence[str], place: str) -> list[str]:
@@ -74,13 +74,13 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
-    """Put saved pairs on the model. Raises ValueError, naming `place`, if a pair is missing, left over, or of another shape."""
+    """Put saved pairs on the model. Raises TargetError, naming `place`, if a pair is missing, left over, or of another shape."""
     own = get_peft_model_state_dict(model, adapter_name=NAME)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or extra or other:
         example = (missing + extra + other)[0]
-        raise ValueError(f"{place}: its pairs are not those of this plan's adapter ({len(missing)} missing, {len(extra)} left over, {len(other)} of another shape, such as {example}); its rank and targets must be the plan's")
+        raise TargetError(f"{place}: its pairs are not those of this plan's adapter ({len(missing)} missing, {len(extra)} left over, {len(other)} of another shape, such as {example}); its rank and targets must be the plan's")
     set_peft_model_state_dict(model, dict(weights), adapter_name=NAME)
 
 

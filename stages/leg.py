@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mixing.bad_rows import BadRow
 from mixing.keys import key
 from mixing.mixture import MicroBatch, StageMixture
-from stages.adapter import adapter_weights, load_adapter_weights, lora_layers
+from stages.adapter import TargetError, adapter_weights, load_adapter_weights, lora_layers
 from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
 from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, stage_changes
@@ -32,7 +32,7 @@ from stages.problems import RunError
 from stages.reader import PlanError
 from stages.report import write_report
 from stages.run import Run
-from stages.sampling import previews, sheet
+from stages.sampling import JudgeError, previews, sheet
 
 _MOST_BAD = 0.01
 
@@ -372,7 +372,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         model, trainable = build_model(run.family, run.plan, stage, place, baton)
         if checkpoint and stage.train != "full":
             load_adapter_weights(model, checkpoint.tensors("adapter"), str(checkpoint.folder))
-    except ValueError as error:
+    except (TargetError, JudgeError) as error:
         raise PlanError.at("", str(error)) from None
     precision = StagePrecision(stage.precision, device)
     average = Average(trainable, stage.ema) if stage.ema is not None else None

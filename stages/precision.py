@@ -43,8 +43,7 @@ def start_accelerator(track: str | None) -> Accelerator:
     if lost or accelerator.num_processes != started:
         found = "the launcher was asked for several processes and started one" if lost else f"the launcher started {started} processes and accelerate sees {accelerator.num_processes}"
         raise LaunchError(
-            f"{found}; "
-            "start them with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`, or set ACCELERATE_USE_CPU=true"
+            f"{found}; start them with `accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml`" + ("" if lost else ", or set ACCELERATE_USE_CPU=true")
         )
     return accelerator
 

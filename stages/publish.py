@@ -89,7 +89,7 @@ def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: flo
         (adapter,) = layers[name].active_adapters
         down, up = layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight
         trained = scale * (weights[f"{name}.lora_B.weight"].to(up.device) @ weights[f"{name}.lora_A.weight"].to(up.device))
-        change = float((layers[name].scaling[adapter] * (up.float() @ down.float()) - trained).norm())
+        change = float((layers[name].scaling[adapter] * (up.detach().float() @ down.detach().float()) - trained).norm())
         worst = max(worst, change / max(float(trained.norm()), 1e-30)) if math.isfinite(change) else float("inf")
     return worst
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from mixing.mixture import Selection, TooManyBadRows, check_processes, select
 from mixing.source import SourceError, open_source
 from stages.adapter import adapter_weights
-from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
@@ -408,11 +409,16 @@ def finish(run: Run) -> None:
     stage = run.plan.stages[-1]
     model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
-        if run.baton.base is not None and not (model_folder / "model_index.json").exists():
+        if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
             transformer = run.family.load_transformer(torch.float32, run.baton.base)
             if stage.train == "full" and checkpoint.has("ema"):
                 transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
-            run.family.save_model(model_folder, transformer)
+            partial = run.folder / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            run.family.save_model(partial, transformer)
+            write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
+            shutil.rmtree(model_folder, ignore_errors=True)
+            partial.rename(model_folder)
             run.log.say(f"the trained model is in {model_folder}")
         if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
             batches = probe_batches(run.selections, stage.resolution)
@@ -442,12 +448,27 @@ def finish(run: Run) -> None:
 def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
     """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
     if not checkpoint.has("adapter"):
-        return bool(checkpoint.state["finished"]) and (folder / "model" / "model_index.json").exists()
+        return checkpoint.has("transformer") and _model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
     published = folder / "adapter" / ADAPTER_FILE
     if not published.exists():
         return False
     with safe_open(published, framework="pt") as header:
         return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
+
+
+_MARK = "medley.json"
+
+
+def _model_mark(model_folder: Path) -> str | None:
+    """What the published model says of the checkpoint it was made from; None if there is none."""
+    file = model_folder / _MARK
+    return str(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) if file.exists() else None
+
+
+def _base_mark(base: Path, last: Checkpoint) -> str:
+    """What a model made from these weights says: the hash of the weights, or of the average if the last stage itself trained them and keeps one."""
+    own = read_checkpoint(base.parent)
+    return str(own.hash_of("ema") if own.folder.resolve() == last.folder.resolve() and own.has("ema") else own.hash_of("transformer"))
 
 
 def _mark(checkpoint: Checkpoint) -> str | None:

@@ -29,7 +29,7 @@ _AT_ONCE = 32
 @torch.no_grad()
 def sample(family: Family, transformer: nn.Module, e: Tensor, text: Text, references: Sequence[Tensor], steps: int, precision: StagePrecision) -> Tensor:
     """Follow the flow from noise e [B, C, h, w] to latents by Euler steps over the noise levels of the model's own sampler."""
-    sigmas = family.sigmas(steps, e.shape[2] * e.shape[3] // 4)
+    sigmas = family.sigmas(steps, family.latent_tokens(e))
     x = e
     for now, then in pairwise(sigmas):
         with precision.autocast():
@@ -117,6 +117,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 # --- accuracy -------------------------------------------------------------------------------------------------------------------------
 
 
+class JudgeError(ValueError):
+    """No classifier can be fitted on the labelled folder, or it has nothing to judge."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A support vector machine over pixels, fitted on a folder of labelled images."""
@@ -150,7 +154,7 @@ def _pixels(images: Sequence[Image.Image], resolution: int) -> np.ndarray[tuple[
 
 
 def fit_judge(folder: Path, resolution: int) -> Judge:
-    """Fit a judge on a folder with metadata.jsonl (file_name, label). Raises ValueError, naming the place, if a line lacks either."""
+    """Fit a judge on a folder with metadata.jsonl (file_name, label). Raises JudgeError, naming the place, if a line cannot be read or lacks either."""
     from sklearn.svm import SVC
 
     images, labels = [], []
@@ -167,10 +171,10 @@ def fit_judge(folder: Path, resolution: int) -> Judge:
                 raise ValueError("file_name leaves the folder")
             images.append(decode(path))
         except (ValueError, OSError, UnreadableImage) as error:
-            raise ValueError(f"{file}:{number}: {error}") from None
+            raise JudgeError(f"{file}:{number}: {error}") from None
         labels.append(str(row["label"]))
     if len(set(labels)) < 2:
-        raise ValueError(f"{file}: {len(set(labels))} labels; a classifier needs two or more")
+        raise JudgeError(f"{file}: {len(set(labels))} labels; a classifier needs two or more")
     machine = SVC(C=10.0, gamma="scale")
     machine.fit(_pixels(images, resolution), labels)
     return Judge(tuple(sorted(set(labels))), machine, resolution)
@@ -183,13 +187,13 @@ def accuracy(
     """Judge samples made from the held-out captions of a source.
 
     Returns accuracy; shuffled_captions (the same samples against captions moved on by a keyed permutation: what guessing gives); judge_on_real
-    (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises ValueError if no caption names a label.
+    (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises JudgeError if no caption names a label.
     """
     resolution, source = judge.resolution, selection.source
     captions = [prompt for batch in read_rows(source, selection.held_out.tolist(), resolution)[0] for prompt in batch.prompts]
     captions = [caption for caption in captions if judge.label_of(caption)]
     if not captions:
-        raise ValueError(f"evaluate.accuracy: no held-out caption of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
+        raise JudgeError(f"evaluate.accuracy: no held-out caption of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
     asked = [captions[number % len(captions)] for number in range(samples)]
     correct: list[tuple[int, str]] = []
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution)).shape[1:]
@@ -206,6 +210,8 @@ def accuracy(
     rows = np.concatenate(list(selection.training.values()))[:500].tolist()
     real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_rows(source, rows, resolution)[0] for image, prompt in zip(batch.targets, batch.prompts, strict=True)]
     real = [(image, label) for image, label in real if label]
+    if not real:
+        raise JudgeError(f"evaluate.accuracy: none of the first {len(rows)} training captions of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
     return {
         "accuracy": sum(label == wanted[number] for number, label in gathered) / samples,
         "shuffled_captions": sum(label == wanted[moved[number]] for number, label in gathered) / samples,

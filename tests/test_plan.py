@@ -430,7 +430,7 @@ def test_computed_defaults_are_those_of_the_plan_language() -> None:
     for images, micro in {1: 1, 2: 2, 3: 3, 4: 4, 5: 1, 6: 3, 7: 1, 8: 4, 64: 4}.items():
         assert resolved_batch(stage_of(batch=images)).micro == micro
     assert resolved_batch(stage_of(batch={"images": 8, "micro": 8})).micro == 8
-    for steps, warmup in {1: 1, 20: 1, 21: 2, 1000: 50, 2000: 100, 10**6: 100}.items():
+    for steps, warmup in {1: 0, 19: 0, 20: 1, 39: 1, 1000: 50, 2000: 100, 10**6: 100}.items():
         assert resolved_rate(stage_of(steps=steps)).warmup == warmup
     assert resolved_rate(stage_of(lr={"peak": 1e-4, "warmup": 0})).warmup == 0
     assert resolved_rate(stage_of()).floor is None

@@ -277,11 +277,11 @@ def test_a_full_stage_appended_to_a_finished_run_is_what_its_model_folder_holds_
     world = make_world(tmp_path / "world")
     plan = plan_of(world, previews={"rows": 0})
     del plan["adapter"]
-    plan["stages"] = plan["stages"][:1]
-    for stages in (plan["stages"], [*plan["stages"], {**plan["stages"][0], "name": "more"}]):
-        file = write_plan(tmp_path / "tiny.yaml", {**plan, "stages": stages})
+    for number in (1, 2):
+        legs = [plan["stages"][0], {**plan["stages"][0], "name": "more"}][:number]
+        file = write_plan(tmp_path / "tiny.yaml", {**plan, "stages": legs})
         assert launch([str(file), "--out", str(tmp_path / "run")], output=tmp_path / "log") == [0], (tmp_path / "log").read_text()
-        trained = next((tmp_path / "run" / "stages" / f"{len(stages)}-{stages[-1]['name']}").glob("step-*"))
+        trained = next((tmp_path / "run" / "stages" / f"{number}-{legs[-1]['name']}").glob("step-*"))
         published = load_file(tmp_path / "run" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(published[name], value) for name, value in load_file(trained / "transformer.safetensors").items())
 

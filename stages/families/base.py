@@ -56,6 +56,9 @@ class Family(Protocol):
     def tokens(self, height: int, width: int) -> int:
         """Tokens of an image of so many pixels."""
 
+    def latent_tokens(self, latents: Tensor) -> int:
+        """Tokens of each of these latents."""
+
     @property
     def text_tokens(self) -> int:
         """Tokens of a prompt."""

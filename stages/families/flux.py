@@ -126,6 +126,10 @@ class Flux:
         """A token is 2 x 2 latents."""
         return (height // self.pixel_multiple) * (width // self.pixel_multiple)
 
+    def latent_tokens(self, latents: Tensor) -> int:
+        """As `tokens`, of latents [B, C, h, w]."""
+        return latents.shape[2] * latents.shape[3] // 4
+
     def shift(self, tokens: int) -> float:
         """exp(mu) where the scheduler shifts by the number of tokens (dev, Kontext), else its fixed shift (schnell: 1)."""
         config = self.pipeline.scheduler.config
