@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import tiny_flux
 from PIL import Image
 from ruamel.yaml import YAML
 
 import train
+from models import tiny_flux
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220)}
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from models import tiny_flux
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from models import tiny_flux
 from stages.adapter import TargetError, adapter_weights, add_adapter, choose_trainable, load_adapter_weights, lora_layers, matched, without_input_casts
 from stages.families.flux import Flux
 from stages.objectives import flow

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import tiny_flux
 from scipy import stats
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from mixing.images import fit, to_tensor
 from mixing.keys import key
 from mixing.mixture import Selection, select
 from mixing.source import open_source
+from models import tiny_flux
 from runs import make_data
 from stages.evaluate import STRATA, Measured, evaluate
 from stages.families.base import Text

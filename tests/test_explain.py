@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_flux
 from rich.console import Console
 
+from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable
 from stages.explain import ModelFacts, explain
 from stages.families.flux import Flux

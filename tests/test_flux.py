@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from models import tiny_flux
 from torch import Tensor
 
+from models import tiny_flux
 from stages.families.flux import Flux
 from stages.families.open import ModelError, fingerprint, open_family
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import tiny_flux
 from torch import Tensor, nn
 
+from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable, without_input_casts
 from stages.check import check_plan
 from stages.families.flux import Flux

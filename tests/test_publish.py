@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from models import tiny_flux
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import stages.publish
 from mixing.mixture import MicroBatch, select
 from mixing.source import open_source
+from models import tiny_flux
 from runs import launch, make_data, make_world, plan_of, write_plan
 from stages.adapter import adapter_weights, add_adapter, load_adapter_weights
 from stages.families.flux import Flux

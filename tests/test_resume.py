@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from runs import adapter_bytes, events, launch, make_world, plan_of, write_plan
 
 KILLS = 5  # for each of the four ways of running: 20 points in all

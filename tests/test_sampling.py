@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import tiny_flux
 from PIL import Image, ImageChops
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ import stages.sampling
 from mixing.images import to_tensor
 from mixing.mixture import Selection, select
 from mixing.source import open_source
+from models import tiny_flux
 from runs import COLOURS, make_data
 from stages.families.base import Text
 from stages.families.flux import Flux
