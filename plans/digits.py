@@ -345,6 +345,7 @@ def write(folder: Path) -> bool:
     if partial.exists():
         shutil.rmtree(partial)
     counts = write_sources(partial)
+    quiet()
     write_base(partial / "base")
     (partial / "README.md").write_text(README.format(of_each=HELD_OUT_OF_EACH_DIGIT, **counts), encoding="utf-8")
     (partial / LISTING).write_text(json.dumps({"version": VERSION, "files": files(partial)}, indent=1) + "\n", encoding="utf-8")
@@ -357,7 +358,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print("usage: python plans/digits.py [FOLDER]", file=sys.stderr)
         return 2
-    quiet()
     folder = Path(arguments[0] if arguments else "data/digits")
     try:
         written = write(folder)
