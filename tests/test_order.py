@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mixing.keys import key, keys, uniform
+from mixing.mixture import _Requests
 from mixing.order import Cell, Order, Quota, permute
 from mixing.shares import integers, shares, weights
 
@@ -54,6 +55,28 @@ def test_shares_hold_at_the_end_of_every_step_over_300_random_mixes(signatures: 
             wanted = [sum(asked[c.source] for c in order.cells if c.signature == s) for s in order.signatures]
             assert np.abs(per_signature - steps[:, None] * order.images * np.array(wanted)).max() <= order.micro
             assert off.max() <= order.micro + 2
+
+
+def test_rows_come_once_an_epoch_and_unmoved_by_other_sources_and_processes_over_300_random_mixes() -> None:
+    for number in range(MIXES):
+        order, _ = random_order(number, 1 + number % 4)
+        drawn = order.steps(0, 60)
+        # Draws of a cell are numbered without a gap, so that an epoch, a permutation of its rows, shows each once.
+        for index, cell in enumerate(order.cells):
+            draws = np.sort(drawn.draw[drawn.cell == index])
+            assert (draws == np.arange(draws.size)).all()
+            for first in range(0, draws.size - cell.rows + 1, cell.rows):
+                assert (np.sort(cell.row(draws[first : first + cell.rows], number)) == np.arange(cell.rows)).all()
+        # Whatever the number of processes, a step is the same micro-batches, each process taking every W-th.
+        for processes in {count for count in (2, 4) if order.micro_batches % count == 0}:
+            parts = [[(request.step, request.micro, request.cells, request.draws) for request in _Requests(order, 0, 20, rank, processes)] for rank in range(processes)]
+            assert len({len(part) for part in parts}) == 1
+            assert sorted(itertools.chain(*parts)) == [(r.step, r.micro, r.cells, r.draws) for r in _Requests(order, 0, 20, 0, 1)]
+        # Another source in front and a renamed one leave the rows of the others where they were.
+        renamed = [Cell("another", order.cells[0].signature, 77, Fraction(1)), Cell("new name", *[getattr(order.cells[0], n) for n in ("signature", "rows", "weight")]), *order.cells[1:]]
+        changed = Order(number, "stage", renamed, order.images, order.micro)
+        for before, after in zip(order.cells[1:], changed.cells[2:], strict=True):
+            assert (before.row(np.arange(min(50, before.rows)), number) == after.row(np.arange(min(50, after.rows)), number)).all()
 
 
 def test_shares_still_hold_after_a_hundred_million_steps() -> None:
