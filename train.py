@@ -96,7 +96,8 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
     from stages.quiet import quiet_libraries
 
     quiet_libraries()
-    from stages.run import finish, open_run
+    from stages.finish import finish
+    from stages.run import open_run
 
     with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run:
         for index, stage in enumerate(run.plan.stages):
@@ -117,8 +118,8 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     import torch
 
-    from stages.leg import open_leg
     from stages.objectives import flow
+    from stages.open_leg import open_leg
     from stages.optim import rate_at
     from stages.precision import Multiplied
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -22,23 +21,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mixing.mixture import Selection, TooManyBadRows, check_processes, select
 from mixing.source import SourceError, open_source
-from stages.adapter import adapter_weights
-from stages.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, write_whole
+from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
-from stages.handoff import ADAPTER_FILE, Baton, build_model, probe, probe_batches, read_baton, read_start
+from stages.finish import is_published
+from stages.going_on import compare_names, compare_stage, recorded, stage_folder
+from stages.handoff import Baton, probe, probe_batches, read_baton, read_start
 from stages.ledger import dropped_rows
 from stages.plan import Plan, Stage, resolved_batch, resolved_storage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
-from stages.publish import model_card, publish_adapter
-from stages.reader import PlanError, resolved, to_yaml
-from stages.report import first_table, write_report
+from stages.reader import PlanError, to_yaml
 from stages.sampling import Judge, accuracy, fit_judge
 from stages.track import Log, Trace
 
@@ -135,6 +132,11 @@ class Run:
         self.last, self.baton = checkpoint, read_baton(checkpoint)
         self.checkpoints[int(checkpoint.state["index"])] = checkpoint
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries beneath."""
+        return {name: version(name) for name in _VERSIONS}
+
     def stage_folder(self, index: int) -> Path:
         """Where a stage's checkpoints lie."""
         return stage_folder(self.folder, index, self.plan.stages[index].name)
@@ -211,29 +213,6 @@ class Run:
         )
 
 
-def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Selection]) -> dict[str, Any]:
-    """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
-    whole = resolved(plan)
-    own = whole["stages"][plan.stages.index(stage)]
-    drawn = [name for name in plan.sources if not isinstance(own["mix"], dict) or "power" in own["mix"] or own["mix"].get(name)]
-    return {
-        "seed": plan.seed,
-        "model": whole["model"],
-        "fingerprint": model,
-        "adapter": whole.get("adapter"),
-        "start": whole.get("start"),
-        "evaluate.rows": plan.evaluate.rows,
-        "stage": own,
-        "sources": {name: whole["sources"][name] for name in drawn},
-        "rows": {name: selections[name].source.fingerprint for name in drawn},
-    }
-
-
-def stage_folder(folder: Path, index: int, name: str) -> Path:
-    """stages/NUMBER-NAME, numbered from 1."""
-    return folder / "stages" / f"{index + 1}-{name}"
-
-
 @contextmanager
 def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
     """Open the sources and the run folder, find what is done, and hand out the run. Raises PlanError where plan, data and folder do not fit."""
@@ -257,8 +236,8 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         for index, stage in enumerate(plan.stages):
             checkpoints.append(found := newest_checkpoint(stage_folder(folder, index, stage.name), said.append))
             if found:
-                _compare(folder, index, stage, found, recorded(plan, stage, model, selections))
-        _compare_names(plan, folder)
+                compare_stage(folder, index, stage, found, recorded(plan, stage, model, selections))
+        compare_names(plan, folder)
         newest = next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint), None)
         # What a killed run wrote after its newest checkpoint is cut off, for it will be done again; a run that was published is done.
         last = checkpoints[-1]
@@ -327,38 +306,6 @@ def open_selections(plan: Plan, root: Path) -> dict[str, Selection]:
     return selections
 
 
-def _compare(folder: Path, index: int, stage: Stage, checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
-    """Raise PlanError if a stage that has begun was trained under another plan or on other rows."""
-    state = checkpoint.state
-    old, new = dict(state["plan"]), dict(now)
-    rows_old, rows_new = old.pop("rows"), new.pop("rows")
-    word = "finished" if state["finished"] else f"at step {state['step']} of {state['plan']['stage']['steps']}"
-    cure = "pass --out, or restore the value" if state["finished"] else f"pass --out, restore the value, or delete {stage_folder(folder, index, stage.name)} to train that stage anew"
-    differences = [f"{name} was {before}, is {after}" for name, before, after in _differences(old, new, "")]
-    differences = [text.replace("stage.", f"stages[{index}].", 1) if text.startswith("stage.") else text for text in differences]
-    if differences:
-        raise PlanError.at(str(folder), f"holds another plan ({'; '.join(differences)}, and stage '{stage.name}' is {word}); {cure}")
-    changed = [name for name in rows_new if rows_old.get(name) != rows_new[name]]
-    if changed and not state["finished"]:
-        raise PlanError.at(f"sources.{changed[0]}", f"its rows have changed since stage '{stage.name}' began ({word}); restore them, pass --out, or delete {stage_folder(folder, index, stage.name)}")
-
-
-def _differences(old: Any, new: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(name), new.get(name), f"{place}.{name}" if place else name)
-    elif old != new:
-        yield place, old, new
-
-
-def _compare_names(plan: Plan, folder: Path) -> None:
-    """Raise PlanError if the folder holds a stage that the plan does not have at its place."""
-    expected = {stage_folder(folder, index, stage.name).name for index, stage in enumerate(plan.stages)}
-    for found in sorted((folder / "stages").iterdir()):
-        if found.is_dir() and found.name not in expected and any(found.glob("step-*")):
-            raise PlanError.at(str(folder), f"holds stage '{found.name}', which the plan does not have at that place; pass --out, or restore the stage's name and place")
-
-
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What the run was carried out with: no user name, no host name, no environment variable."""
     return {
@@ -400,77 +347,3 @@ def say_hello(run: Run, newest: Checkpoint | None) -> None:
         )
     if newest and not newest.state["finished"]:
         run.log.say(f"going on with stage '{newest.state['stage']}' after step {newest.step}")
-
-
-def finish(run: Run) -> None:
-    """After the last stage: publish what was trained, and write the report."""
-    checkpoint = run.last
-    assert checkpoint is not None
-    stage = run.plan.stages[-1]
-    model_folder = run.folder / "model"
-    if run.accelerator.is_main_process:
-        if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
-            transformer = run.family.load_transformer(torch.float32, run.baton.base)
-            if stage.train == "full" and checkpoint.has("ema"):
-                transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
-            partial = run.folder / ".model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            run.family.save_model(partial, transformer)
-            write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
-            shutil.rmtree(model_folder, ignore_errors=True)
-            partial.rename(model_folder)
-            run.log.say(f"the trained model is in {model_folder}")
-        if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
-            batches = probe_batches(run.selections, stage.resolution)
-            storage = resolved_storage(stage)
-            precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
-            weights = run.baton.adapter
-            model, trainable = build_model(run.family, run.plan, stage, f"stages[{len(run.plan.stages) - 1}]", run.baton)
-            if checkpoint.has("ema"):
-                for name, value in checkpoint.tensors("ema").items():
-                    trainable[name].data.copy_(value)
-                weights = adapter_weights(model)
-            saw = probe(run.family, model, batches, precision, run.plan.seed)
-            del model, trainable
-            versions = environment(run.accelerator)["versions"]
-            base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
-            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
-            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
-            sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
-            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)
-            run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
-            run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
-        report = write_report(run.folder)
-        run.log.say(f"report: {report}")
-    run.accelerator.wait_for_everyone()
-
-
-def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
-    """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
-    if not checkpoint.has("adapter"):
-        return checkpoint.has("transformer") and _model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
-    published = folder / "adapter" / ADAPTER_FILE
-    if not published.exists():
-        return False
-    with safe_open(published, framework="pt") as header:
-        return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
-
-
-_MARK = "medley.json"
-
-
-def _model_mark(model_folder: Path) -> str | None:
-    """What the published model says of the checkpoint it was made from; None if there is none."""
-    file = model_folder / _MARK
-    return str(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) if file.exists() else None
-
-
-def _base_mark(base: Path, last: Checkpoint) -> str:
-    """What a model made from these weights says: the hash of the weights, or of the average if the last stage itself trained them and keeps one."""
-    own = read_checkpoint(base.parent)
-    return str(own.hash_of("ema") if own.folder.resolve() == last.folder.resolve() and own.has("ema") else own.hash_of("transformer"))
-
-
-def _mark(checkpoint: Checkpoint) -> str | None:
-    """What an adapter's file says of the checkpoint it was made from."""
-    return checkpoint.hash_of("ema" if checkpoint.has("ema") else "adapter")

@@ -1,0 +1,96 @@
+"""After the last stage: publish the adapter, and the model where a stage trained its weights, and write the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from stages.adapter import adapter_weights
+from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
+from stages.handoff import ADAPTER_FILE, build_model, probe, probe_batches
+from stages.plan import resolved_storage
+from stages.precision import StagePrecision
+from stages.publish import model_card, publish_adapter
+from stages.reader import to_yaml
+from stages.report import first_table, write_report
+
+if TYPE_CHECKING:
+    from stages.run import Run
+
+_MARK = "medley.json"
+
+
+def finish(run: Run) -> None:
+    """After the last stage: publish what was trained, and write the report."""
+    checkpoint = run.last
+    assert checkpoint is not None
+    stage = run.plan.stages[-1]
+    model_folder = run.folder / "model"
+    if run.accelerator.is_main_process:
+        if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
+            transformer = run.family.load_transformer(torch.float32, run.baton.base)
+            if stage.train == "full" and checkpoint.has("ema"):
+                transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
+            partial = run.folder / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            run.family.save_model(partial, transformer)
+            write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
+            shutil.rmtree(model_folder, ignore_errors=True)
+            partial.rename(model_folder)
+            run.log.say(f"the trained model is in {model_folder}")
+        if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
+            batches = probe_batches(run.selections, stage.resolution)
+            storage = resolved_storage(stage)
+            precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
+            weights = run.baton.adapter
+            model, trainable = build_model(run.family, run.plan, stage, f"stages[{len(run.plan.stages) - 1}]", run.baton)
+            if checkpoint.has("ema"):
+                for name, value in checkpoint.tensors("ema").items():
+                    trainable[name].data.copy_(value)
+                weights = adapter_weights(model)
+            saw = probe(run.family, model, batches, precision, run.plan.seed)
+            del model, trainable
+            versions = run.versions
+            base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
+            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
+            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
+            sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
+            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)
+            run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
+            run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
+        report = write_report(run.folder)
+        run.log.say(f"report: {report}")
+    run.accelerator.wait_for_everyone()
+
+
+def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
+    if not checkpoint.has("adapter"):
+        return checkpoint.has("transformer") and _model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
+    published = folder / "adapter" / ADAPTER_FILE
+    if not published.exists():
+        return False
+    with safe_open(published, framework="pt") as header:
+        return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
+
+
+def _model_mark(model_folder: Path) -> str | None:
+    """What the published model says of the checkpoint it was made from; None if there is none."""
+    file = model_folder / _MARK
+    return str(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) if file.exists() else None
+
+
+def _base_mark(base: Path, last: Checkpoint) -> str:
+    """What a model made from these weights says: the hash of the weights, or of the average if the last stage itself trained them and keeps one."""
+    own = read_checkpoint(base.parent)
+    return str(own.hash_of("ema") if own.folder.resolve() == last.folder.resolve() and own.has("ema") else own.hash_of("transformer"))
+
+
+def _mark(checkpoint: Checkpoint) -> str | None:
+    """What an adapter's file says of the checkpoint it was made from."""
+    return checkpoint.hash_of("ema" if checkpoint.has("ema") else "adapter")

@@ -1,0 +1,67 @@
+"""Going on: what a checkpoint records of the plan that it was trained under, and whether the plan at hand is still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mixing.mixture import Selection
+from stages.checkpoint import Checkpoint
+from stages.plan import Plan, Stage
+from stages.reader import PlanError, resolved
+
+
+def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Selection]) -> dict[str, Any]:
+    """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
+    whole = resolved(plan)
+    own = whole["stages"][plan.stages.index(stage)]
+    drawn = [name for name in plan.sources if not isinstance(own["mix"], dict) or "power" in own["mix"] or own["mix"].get(name)]
+    return {
+        "seed": plan.seed,
+        "model": whole["model"],
+        "fingerprint": model,
+        "adapter": whole.get("adapter"),
+        "start": whole.get("start"),
+        "evaluate.rows": plan.evaluate.rows,
+        "stage": own,
+        "sources": {name: whole["sources"][name] for name in drawn},
+        "rows": {name: selections[name].source.fingerprint for name in drawn},
+    }
+
+
+def stage_folder(folder: Path, index: int, name: str) -> Path:
+    """stages/NUMBER-NAME, numbered from 1."""
+    return folder / "stages" / f"{index + 1}-{name}"
+
+
+def compare_stage(folder: Path, index: int, stage: Stage, checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Raise PlanError if a stage that has begun was trained under another plan or on other rows."""
+    state = checkpoint.state
+    old, new = dict(state["plan"]), dict(now)
+    rows_old, rows_new = old.pop("rows"), new.pop("rows")
+    word = "finished" if state["finished"] else f"at step {state['step']} of {state['plan']['stage']['steps']}"
+    cure = "pass --out, or restore the value" if state["finished"] else f"pass --out, restore the value, or delete {stage_folder(folder, index, stage.name)} to train that stage anew"
+    differences = [f"{name} was {before}, is {after}" for name, before, after in _differences(old, new, "")]
+    differences = [text.replace("stage.", f"stages[{index}].", 1) if text.startswith("stage.") else text for text in differences]
+    if differences:
+        raise PlanError.at(str(folder), f"holds another plan ({'; '.join(differences)}, and stage '{stage.name}' is {word}); {cure}")
+    changed = [name for name in rows_new if rows_old.get(name) != rows_new[name]]
+    if changed and not state["finished"]:
+        raise PlanError.at(f"sources.{changed[0]}", f"its rows have changed since stage '{stage.name}' began ({word}); restore them, pass --out, or delete {stage_folder(folder, index, stage.name)}")
+
+
+def _differences(old: Any, new: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{place}.{name}" if place else name)
+    elif old != new:
+        yield place, old, new
+
+
+def compare_names(plan: Plan, folder: Path) -> None:
+    """Raise PlanError if the folder holds a stage that the plan does not have at its place."""
+    expected = {stage_folder(folder, index, stage.name).name for index, stage in enumerate(plan.stages)}
+    for found in sorted((folder / "stages").iterdir()):
+        if found.is_dir() and found.name not in expected and any(found.glob("step-*")):
+            raise PlanError.at(str(folder), f"holds stage '{found.name}', which the plan does not have at that place; pass --out, or restore the stage's name and place")
