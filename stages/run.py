@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import signal
 import sys
@@ -43,10 +44,14 @@ _VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datase
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that the step under way can be finished and saved. A second one ends the process at once."""
+    """Notes SIGTERM and SIGINT, so that the step under way can be finished and saved. A second one ends the process at once.
+
+    `accelerate launch` with one process does not pass its own SIGTERM on (1.15): that the launcher is gone counts as one.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if _in_main_thread() else {}
         for number in self._before:
             signal.signal(number, self._note)
@@ -58,6 +63,8 @@ class Stop:
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was told to stop. Every process must ask at the same step."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.signal = self.signal or int(signal.SIGTERM)
         if accelerator.num_processes > 1:
             told = reduce(torch.tensor([self.signal or 0], device=accelerator.device), reduction="sum")
             if int(told) and self.signal is None:

@@ -390,6 +390,26 @@ def test_signal_saves_and_leaves_within_seconds_and_the_same_command_goes_on(wor
     assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
 
 
+@PROCESSES
+def test_run_whose_launcher_was_killed_saves_and_leaves(world: Path, tmp_path: Path) -> None:
+    plan = plan_of(world, log_every=1, save_every=10**6)
+    plan["stages"] = [{**plan["stages"][1], "steps": 100_000}]
+    file, folder = write_plan(tmp_path / "p.yaml", plan), tmp_path / "run"
+    launcher = os.fork()
+    if launcher == 0:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        launch([str(file), "--out", str(folder)])
+        os._exit(0)
+    wait_for(folder, steps=3)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    for _ in range(200):
+        if list((folder / "stages" / "1-expose").glob("step-*")):
+            break
+        time.sleep(0.05)
+    assert int(last_step(folder, "1-expose").name.removeprefix("step-")) < 100_000
+
+
 # --- processes --------------------------------------------------------------------------------------------------------------------------
 
 
