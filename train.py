@@ -107,7 +107,7 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
             run.baton_from(last)
             if run.stop.agreed(run.accelerator):
                 return run.stop.exit_code
-            if stage.name == until:
+            if stage.name == until and index + 1 < len(run.plan.stages):
                 break
         else:
             finish(run)
