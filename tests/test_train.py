@@ -17,6 +17,7 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from models import tiny_flux
 from runs import adapter_bytes, copy_run, events, launch, make_world, plan_of, write_plan
 
 PROCESSES = pytest.mark.launch
@@ -205,6 +206,22 @@ def test_published_adapter_loads_in_the_stock_pipeline_and_gives_what_training_s
     assert [page["stage"] for page in json.loads(notes["medley.ledger"])["stages"]] == ["found", "expose", "refine"]
     card = (finished / "adapter" / "README.md").read_text()
     assert "| refine | photos | 75.0% |" in card
+
+
+@PROCESSES
+@pytest.mark.parametrize("pipeline", ["FluxPipeline", "FluxKontextPipeline"])
+def test_guidance_distilled_model_with_a_vae_trains_at_two_resolutions_and_its_adapter_loads(world: Path, tmp_path: Path, pipeline: str) -> None:
+    model = tiny_flux(tmp_path / "model", pixels=False, guidance=True, pipeline=pipeline)
+    plan = plan_of(world, model={"repo": str(model), "guidance": 2.0})
+    plan["stages"] = [{**plan["stages"][1], "steps": 3}, {**plan["stages"][2], "steps": 3, "precision": "bf16", "resolution": 16}]
+    printed = run(tmp_path / "run", plan)
+    assert f"loaded back by {pipeline}" in printed
+    assert not (tmp_path / "run" / "model").exists(), "the base was not trained"
+    (handoff,) = events(tmp_path / "run", "handoff")
+    assert handoff["changes"]["resolution"] == [8, 16]
+    assert max(handoff["delta"].values()) < 1e-6
+    base = [line for line in events(tmp_path / "run", "eval") if line["kind"] == "base"]
+    assert len(base) == 2, "one for each resolution"
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------------------------
