@@ -125,9 +125,9 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Read:
-    """A micro-batch as workers hand it over: 8-bit pixels, pickled through the pipe.
+    """A micro-batch as workers hand it over: 8-bit pixels, by the pipe.
 
-    Tensors would go by shared memory, whose handshake costs 3 ms for each (torch 2.13): more than the pixels of most micro-batches.
+    Tensors would go by shared memory, and a micro-batch of two would be waited for twice as long (torch 2.13; figures in docs/log.md).
     """
 
     request: _Request

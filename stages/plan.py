@@ -206,7 +206,7 @@ class Evaluate(_Word):
     every: Count | None = None
     """Also every so many steps."""
     accuracy: Accuracy | None = None
-    """Judge samples with a classifier at the end of every stage."""
+    """Judge samples with a classifier at the end of every stage that has the last stage's resolution."""
 
 
 class Previews(_Word):
@@ -215,7 +215,7 @@ class Previews(_Word):
     rows: CountOrZero = 4
     """Rows of each source; 0 makes none."""
     steps: Count = 20
-    """Sampling steps."""
+    """Sampling steps, of previews and of the samples that `evaluate.accuracy` judges."""
 
 
 class Plan(_Word):
