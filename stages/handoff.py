@@ -6,7 +6,7 @@ Every stage builds its model anew from disk, so starting, handing on and resumin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,26 +104,32 @@ def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Bat
     return model, trainable
 
 
-def probe_batches(selections: Mapping[str, Selection], resolution: int) -> dict[str, MicroBatch]:
-    """Fixed inputs of every signature: the first rows, held out where there are any, of the first source that has it."""
+def probe_batches(selections: Mapping[str, Selection], resolution: int, names: Collection[str] | None = None) -> dict[str, MicroBatch]:
+    """Fixed inputs by a name that says which rows they are: the first rows, held out where there are any, of a source and signature.
+
+    names: those to read again; left out, one for each signature, of the first source that has it. Rows that are gone are left out.
+    """
     batches: dict[str, MicroBatch] = {}
-    for selection in selections.values():
+    seen: set[str] = set()
+    for source_name, selection in selections.items():
+        source = selection.source
         for signature, training in selection.training.items():
-            if signature in batches:
-                continue
-            references = selection.source.num_references
-            held_out = [row for row in selection.held_out.tolist() if f"{references[row]} references" == signature]
-            found, _ = read_rows(selection.source, (held_out or training.tolist())[:_PROBED_ROWS], resolution)
-            if found:
-                batches[signature] = found[0]
+            held_out = [row for row in selection.held_out.tolist() if f"{source.num_references[row]} references" == signature]
+            rows = (held_out or training.tolist())[:_PROBED_ROWS]
+            name = f"{signature} of {source_name} {key(*(source.key(row) for row in rows)):016x}"
+            if name in names if names is not None else signature not in seen:
+                found, _ = read_rows(source, rows, resolution)
+                if found:
+                    seen.add(signature)
+                    batches[name] = found[0]
     return batches
 
 
 @torch.no_grad()
 def probe(family: Family, transformer: nn.Module, batches: Mapping[str, MicroBatch], precision: StagePrecision, seed: int) -> dict[str, Tensor]:
-    """What the model predicts on fixed inputs at t = 0.1, 0.5 and 0.9: `SIGNATURE t` to float32 [B, C, h, w] on the CPU."""
+    """What the model predicts on fixed inputs at t = 0.1, 0.5 and 0.9: `NAME t` to float32 [B, C, h, w] on the CPU."""
     outputs = {}
-    for signature, batch in batches.items():
+    for name, batch in batches.items():
         x = family.encode_images(batch.targets)
         e = flow.noise(x.shape[1:], [key(seed, "probe", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)
         text, references = family.encode_prompts(batch.prompts), [family.encode_images(reference) for reference in batch.references]
@@ -131,18 +137,24 @@ def probe(family: Family, transformer: nn.Module, batches: Mapping[str, MicroBat
             t = torch.full((x.shape[0],), value, device=x.device)
             with precision.autocast():
                 predicted = family.predict(transformer, flow.blend(x, e, t), t, text, references)
-            outputs[f"{signature} {value}"] = predicted.float().cpu()
+            outputs[f"{name} {value}"] = predicted.float().cpu()
     return outputs
 
 
+def probed_names(outputs: Mapping[str, Tensor]) -> set[str]:
+    """The names of the inputs that outputs were made from."""
+    return {name.rsplit(" ", 1)[0] for name in outputs}
+
+
 def deltas(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:
-    """|new - old| / |old - base| at each probed t, over all signatures: the change at a handoff relative to all that was learnt so far."""
+    """|new - old| / |old - base| at each probed t, over the inputs that all three have seen: the change at a handoff relative to all that was learnt so far."""
     change: dict[str, float] = {}
     for value in _PROBED_T:
-        names = [name for name in old if name.endswith(f" {value}") and name in new]
-        changed = sum(float((new[name] - old[name]).double().square().sum()) for name in names) ** 0.5
-        learnt = sum(float((old[name] - base[name]).double().square().sum()) for name in names) ** 0.5
-        change[str(value)] = changed / learnt if learnt else changed
+        names = [name for name in old if name.endswith(f" {value}") and name in new and name in base]
+        if names:
+            changed = sum(float((new[name] - old[name]).double().square().sum()) for name in names) ** 0.5
+            learnt = sum(float((old[name] - base[name]).double().square().sum()) for name in names) ** 0.5
+            change[str(value)] = changed / learnt if learnt else changed
     return change
 
 

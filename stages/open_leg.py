@@ -13,7 +13,7 @@ from mixing.mixture import StageMixture
 from stages.adapter import TargetError, load_adapter_weights, lora_layers
 from stages.checkpoint import Checkpoint
 from stages.evaluate import Measured
-from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, stage_changes
+from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window, stage_event
 from stages.objectives.flow import Density
 from stages.optim import Average, load_optimizer_state, make_optimizer
@@ -43,7 +43,11 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     except ValueError as error:
         raise PlanError.at(f"{place}.mix", str(error)) from None
     try:
+        began = time.monotonic()
         base, base_outputs, _ = run.base(stage)
+        if not checkpoint and stage.resolution not in {earlier.resolution for earlier in run.plan.stages[:index]}:
+            seconds = round(time.monotonic() - began, 3)
+            run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
         baton = run.baton
         if checkpoint and stage.train == "full":
             baton = type(baton)(checkpoint.file("transformer"), None, stage.name)
@@ -135,12 +139,15 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) 
     before = run.plan.stages[int(last.state["index"])]
     cause = cause_of_change(before, leg.stage)
     old = last.tensors("probe")
-    outputs = probe(run.family, leg.model, probe_batches(run.selections, before.resolution), leg.precision, run.plan.seed)
+    outputs = probe(run.family, leg.model, probe_batches(run.selections, before.resolution, probed_names(old)), leg.precision, run.plan.seed)
     base = run.base(before)[1] if before.resolution != leg.stage.resolution else base_outputs
     delta = deltas(outputs, old, base)
     run.log.write(
         {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
     )
+    if not delta:
+        run.log.warn(f"handoff from '{before.name}': the rows that it was measured on are gone, so the change of the function is not known", leg.stage.name, 0)
+        return
     largest = max(delta.values())
     run.log.say(f"  handed on from '{before.name}': {', '.join(kept)}; the function changed by {largest:.1e} of what was learnt" + (f" ({cause})" if cause else ""))
     if cause is None and leg.stage.precision == "fp32" and not largest <= EXACT:

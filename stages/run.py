@@ -8,7 +8,6 @@ import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
-from stages.handoff import Baton, probe, probe_batches, read_baton, read_start
+from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton, read_start
 from stages.ledger import dropped_rows
 from stages.plan import Plan, Stage, resolved_batch, resolved_storage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
@@ -171,13 +170,14 @@ class Run:
     def base(self, stage: Stage) -> tuple[Measured, dict[str, torch.Tensor], float | None]:
         """What the model does before any training, at a stage's resolution: held-out losses, outputs on fixed inputs, and the judge's verdict.
 
-        Measured once, kept in evaluations/.
+        Kept in evaluations/, and measured anew where a source has come since.
         """
         folder, name = self.folder / "evaluations", f"base-{stage.resolution}"
-        if not (folder / f"{name}.safetensors").exists():
+        batches = probe_batches(self.selections, stage.resolution)
+        known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
+        if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
             precision = StagePrecision(stage.precision, self.accelerator.device)
             transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None)
-            began = time.monotonic()
             measured = evaluate(
                 self.family,
                 transformer,
@@ -188,19 +188,20 @@ class Run:
                 accelerator=self.accelerator,
                 unreadable=lambda row: None,  # the stage's first evaluation reads the same rows and names them
             )
-            outputs = probe(self.family, transformer, probe_batches(self.selections, stage.resolution), precision, self.plan.seed)
+            outputs = known | probe(self.family, transformer, batches, precision, self.plan.seed)
             untrained = self.judged(transformer, stage, precision)
             if self.accelerator.is_main_process:
                 measured.save(folder / f"{name}.json")
                 write_whole(folder / f"{name}-accuracy.json", json.dumps(untrained))
                 save_file(outputs, folder / f".{name}.partial")
                 (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
-            self.log.write(
-                {"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": round(time.monotonic() - began, 3), "sources": measured.summary(None, None)}
-            )
             self.accelerator.wait_for_everyone()
         judged = json.loads((folder / f"{name}-accuracy.json").read_text(encoding="utf-8"))
         return Measured.load(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors"), judged["accuracy"] if judged else None
+
+    def _covers(self, measured: Measured) -> bool:
+        """Whether an evaluation has seen every source that has held-out rows."""
+        return {name for name, selection in self.selections.items() if len(selection.held_out)} <= measured.losses.keys()
 
     def judged(self, transformer: torch.nn.Module, stage: Stage, precision: StagePrecision) -> dict[str, float] | None:
         """The judge's verdict on samples of a transformer, if the plan asks for one and this stage has its resolution."""

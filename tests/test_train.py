@@ -249,6 +249,26 @@ def test_appended_stage_is_trained_next_as_if_it_had_always_been_there(world: Pa
 
 
 @PROCESSES
+def test_stages_appended_with_new_sources_of_a_new_kind_are_measured_on_the_rows_of_old(world: Path, tmp_path: Path) -> None:
+    """The new source stands first, and brings a signature that the base was not measured on."""
+    plan = plan_of(world)
+    stage = {**plan["stages"][1], "precision": "fp32", "base": "fp32"}
+    photos, edits = ({name: plan["sources"][name]} for name in ("photos", "edits"))
+    run(tmp_path / "run", {**plan, "sources": photos, "stages": [{**stage, "mix": {"photos": 1}}]})
+    stages = [{**stage, "mix": {"photos": 1}}, {**stage, "name": "both"}, {**stage, "name": "last"}]
+    more = {"more": {**plan["sources"]["photos"], "take": {"count": 20}}}
+    run(tmp_path / "run", {**plan, "sources": {**more, **edits, **photos}, "stages": stages})
+    first, second = events(tmp_path / "run", "handoff")
+    for handoff in (first, second):
+        assert handoff["exact"]
+        assert set(handoff["delta"]) == {"0.1", "0.5", "0.9"}
+        assert max(handoff["delta"].values()) <= 1e-4
+    (end,) = [line for line in events(tmp_path / "run", "eval") if line["stage"] == "last" and line["kind"] == "end"]
+    assert all("since_base" in entry for entry in end["sources"].values())
+    assert set(end["sources"]) == {"more", "edits", "photos"}
+
+
+@PROCESSES
 def test_until_stops_after_a_stage_and_the_same_command_goes_on(world: Path, tmp_path: Path, finished: Path) -> None:
     run(tmp_path / "part", plan_of(world), "--until", "expose")
     assert not (tmp_path / "part" / "adapter").exists()
