@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from stages.check import check_plan, plan_notes
-from stages.plan import Plan, Stage, resolved_batch, resolved_plan, resolved_rate
+from stages.plan import Plan, Stage, resolved_plan, resolved_rate
 from stages.problems import PlanError, RunError
 from stages.reader import ReadPlan, read_plan
 
@@ -118,43 +118,45 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     import torch
 
+    from stages.encode import encode
     from stages.objectives import flow
     from stages.open_leg import open_leg
     from stages.optim import rate_at
     from stages.precision import Multiplied
 
-    batch_sizes, rate = resolved_batch(stage), resolved_rate(stage)
+    rate = resolved_rate(stage)
     leg = open_leg(run, index, stage)
     mixture, family, precision = leg.mixture, run.family, leg.precision
     device, processes = run.accelerator.device, run.accelerator.num_processes
-    micro_steps = mixture.order.micro_batches // processes
     rank, workers = run.accelerator.process_index, run.plan.workers
-    reading = mixture.batches(leg.step, stage.steps, rank=rank, processes=processes, workers=workers, pin_memory=device.type == "cuda")
+    reading = mixture.batches(leg.step, stage.steps, rank=rank, processes=processes, workers=workers, pin_memory=device.type == "cuda", lanes=leg.lanes.readers)
 
-    with closing(reading) as batches:
+    with closing(leg.lanes), closing(reading) as batches:
         while leg.step < stage.steps:
             learning_rate = rate_at(leg.step, stage.steps, rate)
             for group in leg.optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            for number in range(micro_steps):
+            is_last = False
+            while not is_last:
                 with leg.waiting():
                     batch = next(batches)
+                is_last = batch.is_last
                 # Images to latents, prompts to embeddings; noise and timestep come from the image's place in the run, so they outlive any restart.
-                x = family.encode_images(batch.targets)
+                x = encode(family, batch.targets)
                 text = family.encode_prompts(batch.prompts)
-                references = [family.encode_images(reference) for reference in batch.references]
+                references = [encode(family, reference) for reference in batch.references]
                 e = flow.noise(x.shape[1:], leg.noise_keys(batch)).to(device)
-                t = family.seen_timestep(leg.density.t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
+                t = family.seen_timestep(leg.density(batch).t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
 
                 # Gradients are exchanged between processes with the last micro-batch only. The loss is a sum over images divided by the
                 # step's count over all processes, which DDP's mean over processes asks to be multiplied by their number.
                 watch = Multiplied() if leg.multiplied is None else nullcontext()
-                with nullcontext() if number == micro_steps - 1 else run.accelerator.no_sync(leg.wrapped):
+                with nullcontext() if is_last else run.accelerator.no_sync(leg.wrapped):
                     with watch, precision.autocast():
                         predicted = family.predict(leg.wrapped, flow.blend(x, e, t), t, text, references)
                     losses = flow.losses(predicted, x, e)
-                    precision.scaler.scale(losses.sum() * (processes / batch_sizes.images)).backward()
+                    precision.scaler.scale(losses.sum() * (processes / batch.step_images)).backward()
                 if isinstance(watch, Multiplied):
                     leg.check_multiplied(watch)
                 leg.count(batch, losses.detach())

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mixing.images import fit
+from mixing.bad_rows import BadRow, UnreadableRow
+from mixing.buckets import RowClass, Shapes, Signature
+from mixing.captions import caption, plain
 from mixing.keys import key
-from mixing.order import Cell, Order, permute
-from mixing.shares import Mix, shares, weights
-from mixing.source import BadRow, Source, UnreadableRow
-from mixing.tasks import Example
+from mixing.order import Budget, Cell, Drawn, Order
+from mixing.reading import Images, Latents, Seen, View, gathered, read_row
+from mixing.selected import Selection
+from mixing.share_out import share_out
+from mixing.shares import Mix, Ramp, ramp_steps, weights
+from mixing.tasks import Cells, without_placeholders
 
 if TYPE_CHECKING:
     import datasets
 
-Rows = NDArray[np.int32]
+    from mixing.lanes import LaneReader
 
 _SAMPLED_AT_ONCE = 64  # steps whose order is worked out together
 _ATTEMPTS = 100  # rows tried in the place of one that cannot be decoded
+_MESSAGE = 4 * 2**20  # bytes of pixels that a worker hands over together
+_SHARED = 2**20  # bytes of a message from which it goes by shared memory; smaller ones are quicker by the pipe (figures in docs/log.md)
 
 
 class TooManyBadRows(ValueError):
@@ -35,194 +41,232 @@ class TooManyBadRows(ValueError):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The rows of a source that a run uses: those that it trains on, by signature, and those that it only measures itself on."""
+class Level:
+    """One resolution of a stage, and its share of the images."""
 
-    source: Source
-    training: Mapping[str, Rows]
-    """Signature to rows; an epoch visits each once."""
-    held_out: Rows
-    """Never trained on."""
-
-    @property
-    def size(self) -> int:
-        """How many rows are trained on."""
-        return sum(len(rows) for rows in self.training.values())
+    shapes: Shapes
+    share: float = 1.0
 
 
-def select(source: Source, take: int | None, by: Literal["random", "first"], take_seed: int, held_out: int) -> Selection:
-    """Choose a source's training and held-out rows.
+@dataclass(frozen=True)
+class Micro:
+    """What a micro-batch may hold, one forward and backward pass of one process: so many images, or so many tokens."""
 
-    take: cap on the rows used, or None; `random` chooses by a keyed permutation, the same in every epoch, `first` by file order.
-    held_out: how many of the taken rows are held out, at most a tenth of them: those whose key's hash is smallest, so that adding rows to
-    a source changes the set as little as can be. Raises ValueError if `take` is more than the source has.
-    """
-    total = len(source)
-    if take is not None and take > total:
-        raise ValueError(f"sources.{source.name}.take: {take:,} rows asked, the source has {total:,} that can be read; take at most that, or leave `take` out")
-    taken = np.arange(total if take is None else take, dtype=np.int64)
-    if take is not None and by == "random":
-        taken = np.sort(permute(taken, total, key(take_seed, "take", source.name)))
-    number = min(held_out, len(taken) // 10)
-    hashes = np.fromiter((_row_hash(source.name, source.key(int(row))) for row in taken), dtype=np.uint64, count=len(taken)) if number else np.empty(0, np.uint64)
-    chosen = np.argsort(hashes, kind="stable")[:number]
-    kept = np.ones(len(taken), dtype=bool)
-    kept[chosen] = False
-    training = taken[kept]
-    references = source.num_references[training]
-    return Selection(
-        source,
-        {f"{count} references": training[references == count].astype(np.int32) for count in np.unique(references).tolist()},
-        np.sort(taken[chosen]).astype(np.int32),
-    )
-
-
-def _row_hash(source: str, row: str) -> int:
-    return int.from_bytes(blake2b(f"{source}\0{row}".encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def cells(selections: Mapping[str, Selection], mix: Mix, drawn_before: Mapping[tuple[str, str], int]) -> tuple[Cell, ...]:
-    """The cells that a mix draws from: a source's share is divided among its signatures by their rows. Errors as `mixing.shares.weights`."""
-    drawn = weights(mix, {name: selection.size for name, selection in selections.items()})
-    return tuple(
-        Cell(name, signature, len(rows), weight * Fraction(len(rows), selections[name].size), drawn_before.get((name, signature), 0))
-        for name, weight in drawn.items()
-        for signature, rows in selections[name].training.items()
-    )
+    images: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images of one forward and backward pass, all of one signature. B: images; H, W: pixels; values in [-1, 1]."""
+    """Images of one forward and backward pass, all of one signature. B: images."""
 
     step: int
     micro: int
-    """Place of this micro-batch in its step, over all processes."""
+    """Which micro-batch of its step, over all processes; one that two processes share has the same number on both."""
     positions: tuple[int, ...]
     """Number of each image in the stage: what its noise and timestep are derived from."""
     sources: tuple[str, ...]
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
-    targets: torch.Tensor
-    """float32 [B, 3, H, W]."""
-    references: tuple[torch.Tensor, ...]
-    """Each float32 [B, 3, H, W]; the first is every image's first reference, and so on."""
+    targets: Images
+    references: tuple[Images, ...]
+    """The first is every image's first reference, and so on."""
+    tokens: int = 1
+    """Of each image: its target's, its references' and its prompt's."""
+    level: int = 0
+    """Which of the stage's resolutions."""
+    step_images: int = 0
+    """Images of the step over all processes."""
+    is_last: bool = True
+    """Whether it is this process's last one of its step."""
     bad: tuple[BadRow, ...] = ()
     """Rows that could not be decoded, and in whose place others stand."""
 
     def pin_memory(self) -> MicroBatch:
-        """The same with its tensors in page-locked memory, from which a GPU copies beside its work."""
+        """The same with its images in page-locked memory, from which a GPU copies beside its work."""
         return replace(self, targets=self.targets.pin_memory(), references=tuple(r.pin_memory() for r in self.references))
+
+
+def cells(
+    selections: Mapping[str, Selection], mix: Mix, levels: Sequence[Level], micro: Micro, tokens_of: Callable[[Signature], int], budget: Budget, drawn_before: Mapping[tuple[str, str], int]
+) -> list[tuple[Cell, RowClass, Signature]]:
+    """The cells that a mix draws from: a source's share is divided among its classes by their rows, and among the levels by their shares.
+
+    Errors as `mixing.shares.weights`; ValueError too where an image has more tokens than a micro-batch or a step may have.
+    """
+    drawn = weights(mix, {name: selection.counted for name, selection in selections.items()})
+    least = min(budget.first, budget.last)
+    made = []
+    for name, weight in drawn.items():
+        selection = selections[name]
+        rows = sum(len(rows) for rows in selection.training.values())
+        for row_class, own in selection.training.items():
+            for number, level in enumerate(levels):
+                signature = level.shapes.signature(row_class)
+                tokens = tokens_of(signature)
+                if micro.tokens is not None and tokens > micro.tokens:
+                    raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, and a micro-batch at most {micro.tokens:,}; raise batch.micro.tokens to that, or lower the resolution")
+                if budget.unit == "tokens" and tokens > least:
+                    raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, more than a step ({least:,}); raise batch.tokens, or lower the resolution")
+                fitting = micro.images if micro.images is not None else (micro.tokens or tokens) // tokens
+                share = weight * Fraction(len(own), rows) * Fraction(repr(float(level.share)))
+                cell = Cell(name, row_class.name, str(signature), len(own), share, fitting, tokens, drawn_before.get((name, row_class.name), 0), number)
+                made.append((cell, row_class, signature))
+    return made
 
 
 @dataclass(frozen=True)
 class _Request:
+    """Images of one micro-batch that one process is to read."""
+
     step: int
     micro: int
+    step_images: int
+    is_last: bool
+    positions: tuple[int, ...]
     cells: tuple[int, ...]
     draws: tuple[int, ...]
+    given: tuple[tuple[str, Cells, int] | None, ...]
+    """Of each image that comes from a stream: its key, what it holds, and its epoch."""
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A micro-batch as workers hand it over: 8-bit pixels, by the pipe.
-
-    Tensors would go by shared memory, and a micro-batch of two would be waited for twice as long (torch 2.13; figures in docs/log.md).
-    """
+    """A micro-batch as workers hand it over."""
 
     request: _Request
-    sources: tuple[str, ...]
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
-    pixels: tuple[NDArray[np.uint8], ...]
-    """[B, H, W, 3] each: the targets, then the first references, and so on."""
+    images: tuple[Images, ...]
+    """The targets, then the first references, and so on."""
     bad: tuple[BadRow, ...]
 
 
-def _read(examples: Sequence[Example], side: int) -> tuple[NDArray[np.uint8], ...]:
-    """The pixels of examples of one signature, scaled and cropped to a square."""
-    images = zip(*((example.target, *example.references) for example in examples), strict=True)
-    return tuple(np.stack([np.asarray(fit(image, side, side)) for image in same]) for same in images)
-
-
-def _tensors(pixels: Sequence[NDArray[np.uint8]]) -> tuple[torch.Tensor, ...]:
-    """8-bit pixels [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1], as `mixing.images.to_tensor` has them."""
-    return tuple(torch.from_numpy(each).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0 for each in pixels)
-
-
-class StageMixture(Dataset[_Read]):
+class StageMixture(Dataset[list[_Read]]):
     """One stage's stream of micro-batches: a pure function of the plan, the seed and the step.
 
-    selections: every source of the plan. stage: its name. resolution: side of the square, pixels. images, micro: of a step and of a
-    micro-batch. drawn_before: images that earlier stages have drawn of each (source, signature).
+    selections: every source of the plan. stage: its name. levels: its resolutions. budget: what a step holds. micro: what a micro-batch may hold.
+    tokens_of: tokens of an image with its references and prompt, by their shapes. drawn_before: images that earlier stages have drawn of each (source,
+    class). latents: what was encoded before, if anything is kept.
     """
 
     def __init__(
         self,
         selections: Mapping[str, Selection],
         *,
-        mix: Mix,
+        mix: Mix | Ramp,
         seed: int,
         stage: str,
-        resolution: int,
-        images: int,
-        micro: int,
+        levels: Sequence[Level],
+        budget: Budget,
+        micro: Micro,
+        tokens_of: Callable[[Signature], int],
         drawn_before: Mapping[tuple[str, str], int],
+        latents: Latents | None = None,
     ) -> None:
         self.selections = dict(selections)
-        self.seed, self.resolution = seed, resolution
-        self.order = Order(seed, stage, cells(selections, mix, drawn_before), images, micro)
-        self.asked = shares(mix, {name: selection.size for name, selection in selections.items()})
-        self._rows = tuple(selections[cell.source].training[cell.signature] for cell in self.order.cells)
+        self.seed, self.levels, self.budget, self.latents = seed, tuple(levels), budget, latents
+        parts = ramp_steps(mix, {name: selection.counted for name, selection in selections.items()}, budget.steps)
+        average = {name: float(sum(part[name] for _, part in parts)) for name in parts[0][1]}
+        made = cells(selections, average, levels, micro, tokens_of, budget, drawn_before)
+        within = [cell.weight / sum((other.weight for other, _, _ in made if other.source == cell.source), Fraction(0)) for cell, _, _ in made]
+        segments = [(first, [part[cell.source] * own for (cell, _, _), own in zip(made, within, strict=True)]) for first, part in parts]
+        self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, segments)
+        self.signatures = tuple(signature for _, _, signature in made)
+        """Of each cell."""
+        self.asked = self.order.asked(budget.steps)
+        """Source to the share of the stage's images that it is asked for."""
+        self._classes = tuple(row_class for _, row_class, _ in made)
+        self._rows = tuple(selections[cell.source].training[row_class] for cell, row_class, _ in made)
 
-    def drawn_after(self, steps: int) -> dict[tuple[str, str], int]:
-        """Images of each (source, signature) drawn in the whole run once this stage has made so many steps."""
-        counts = self.order.counts(np.asarray(steps))
-        return {(cell.source, cell.signature): cell.drawn_before + int(count) for cell, count in zip(self.order.cells, counts, strict=True)}
+    @property
+    def streams(self) -> dict[str, Selection]:
+        """The sources that are read one row after another."""
+        return {name: self.selections[name] for name in self.asked if self.selections[name].stream is not None}
 
-    def __getitem__(self, request: Any) -> _Read:
-        """Read and decode the images of a request, which `batches` makes. A row that cannot be decoded is replaced by another of its cell."""
-        assert isinstance(request, _Request)
+    def images_before(self, step: int) -> int:
+        """Images of the stage before a step."""
+        return int(self.order.counts(np.asarray(step)).sum())
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the stage before a step: of targets, references and prompts."""
+        return int(self.order.counts(np.asarray(step)) @ np.asarray([cell.tokens for cell in self.order.cells]))
+
+    def __getitem__(self, requests: Any) -> list[_Read]:
+        """Read and decode the images of requests, which `batches` makes. A row that cannot be decoded is replaced by another of its group."""
+        return _by_the_best_way([self._read(request) for request in requests])
+
+    def _read(self, request: _Request) -> _Read:
         bad: list[BadRow] = []
-        examples = []
-        for number, draw in zip(request.cells, request.draws, strict=True):
-            cell, rows = self.order.cells[number], self._rows[number]
-            row = int(cell.row(np.asarray([draw], dtype=np.int64), self.seed)[0])
-            for attempt in range(_ATTEMPTS):
+        keys: list[str] = []
+        prompts: list[str] = []
+        rows: list[list[Seen]] = []
+        for number, draw, given in zip(request.cells, request.draws, request.given, strict=True):
+            for attempt in range(_ATTEMPTS if given is None else 1):
                 try:
-                    examples.append(self.selections[cell.source].source.example(int(rows[row])))
+                    name, text, seen = self._row(number, draw, attempt, given)
                     break
                 except UnreadableRow as error:
                     bad.append(error.bad_row)
-                    row = key(self.seed, "instead", cell.source, cell.signature, draw, attempt) % cell.rows
             else:
-                return _Read(request, (), (), (), (), tuple(bad))  # not raised here: through a worker's pipe it would bring its traceback along
-        return _Read(
-            request,
-            sources=tuple(self.order.cells[number].source for number in request.cells),
-            keys=tuple(example.key for example in examples),
-            prompts=tuple(example.prompt for example in examples),
-            pixels=_read(examples, self.resolution),
-            bad=tuple(bad),
-        )
+                if given is None or not rows:
+                    return _Read(request, (), (), (), tuple(bad))  # not raised here: through a worker's pipe it would bring its traceback along
+                name, text, seen = keys[-1], prompts[-1], rows[-1]  # a stream gives its rows once: the one before stands in
+            keys.append(name)
+            prompts.append(text)
+            rows.append(seen)
+        signature = self.signatures[request.cells[0]]
+        sizes = (signature.target, *signature.references)
+        images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*rows, strict=True), strict=True))
+        return _Read(request, tuple(keys), tuple(prompts), images, tuple(bad))
+
+    def _row(self, number: int, draw: int, attempt: int, given: tuple[str, Cells, int] | None) -> tuple[str, str, list[Seen]]:
+        """Key, prompt and images of the row that a draw gets, or if that one was tried already, of another of its group. Raises UnreadableRow."""
+        cell, selection = self.order.cells[number], self.selections[self.order.cells[number].source]
+        if given is not None:
+            name, held, epoch = given
+        else:
+            place = int(cell.row(np.asarray([draw], dtype=np.int64), self.seed)[0])
+            if attempt:
+                place = key(self.seed, "instead", cell.source, cell.group, draw, attempt - 1) % cell.rows
+            row, epoch = int(self._rows[number][place]), draw // cell.rows
+            name, held = selection.source.key(row), selection.cells(row)
+        view = selection.augmentation.view(self.seed, cell.source, name, epoch)
+        seen = read_row(cell.source, name, held, self._classes[number], self.signatures[number], view, self.latents)
+        return name, without_placeholders(caption(held.prompts, selection.captions, seed=self.seed, source=cell.source, row=name, epoch=epoch)), seen
 
     def _micro_batch(self, read: _Read) -> MicroBatch:
-        targets, *references = _tensors(read.pixels)
-        first = (read.request.step * self.order.micro_batches + read.request.micro) * self.order.micro
-        positions = tuple(range(first, first + len(read.keys)))
-        return MicroBatch(read.request.step, read.request.micro, positions, read.sources, read.keys, read.prompts, targets, tuple(references), read.bad)
+        request = read.request
+        first, sources = self.order.cells[request.cells[0]], tuple(self.order.cells[number].source for number in request.cells)
+        targets, *references = read.images
+        return MicroBatch(
+            request.step,
+            request.micro,
+            request.positions,
+            sources,
+            read.keys,
+            read.prompts,
+            targets,
+            tuple(references),
+            first.tokens,
+            first.level,
+            request.step_images,
+            request.is_last,
+            read.bad,
+        )
 
-    def batches(self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool) -> Generator[MicroBatch, None, None]:
+    def batches(
+        self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool, lanes: Mapping[str, LaneReader] | None = None
+    ) -> Generator[MicroBatch, None, None]:
         """This process's micro-batches of steps first_step ... last_step - 1, in order, read ahead by worker processes.
 
-        Of each step's M micro-batches process r gets numbers r, r + W, ... Raises ValueError if W does not divide M. There is no state: to
-        resume, ask for the step at which training stands. Close it (`contextlib.closing`), and the workers are gone.
+        There is no state: to resume, ask for the step at which training stands. lanes: an open reader of this process's lanes of each stream.
+        Close it (`contextlib.closing`), and the workers are gone.
         """
-        check_processes(self.order.micro_batches, processes)
         loader = DataLoader(
             self,
             batch_size=None,
-            sampler=_Requests(self.order, first_step, last_step, rank, processes),
+            sampler=_Requests(self, first_step, last_step, rank, processes, lanes or {}),
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=4 if workers else None,
@@ -230,61 +274,111 @@ class StageMixture(Dataset[_Read]):
             generator=torch.Generator(),
         )
         iterator = iter(loader)
-        try:
-            for read in iterator:
-                if not read.keys:
-                    last = read.bad[-1]
-                    raise TooManyBadRows(f"source '{last.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {last.key}: {last.reason}")
-                batch = self._micro_batch(read)
-                yield batch.pin_memory() if pin_memory else batch
-        finally:
+        with ExitStack() as leaving:
             # An exception's traceback would keep the iterator, and with it the workers, until the interpreter's exit waits for them (torch 2.13).
             if workers:
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
+                leaving.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
+            for message in iterator:
+                for read in message:
+                    if not read.keys:
+                        last = read.bad[-1]
+                        raise TooManyBadRows(f"source '{last.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {last.key}: {last.reason}")
+                    batch = self._micro_batch(read)
+                    yield batch.pin_memory() if pin_memory else batch
 
     def as_dataset(self, steps: int) -> datasets.IterableDataset:
         """The first steps as a `datasets.IterableDataset` of rows, in the order of training and as training sees them: to look at, map or export.
 
-        Columns: step, micro, source, key, prompt, target (8-bit pixels [H, W, 3]), references (a list of such).
+        Columns: step, micro, source, key, prompt, target (8-bit pixels [H, W, 3]), references (a list of such). Raises ValueError over a stream.
         """
         import datasets
 
-        return datasets.IterableDataset.from_generator(_generate_rows, gen_kwargs={"mixture": self, "steps": list(range(steps))})
+        if self.streams:
+            raise ValueError(f"source '{next(iter(self.streams))}' is a stream, which is read once; leave it out of the mix to look at the others")
+        return datasets.IterableDataset.from_generator(_generate_rows, gen_kwargs={"mixture": replace_latents(self), "steps": list(range(steps))})
+
+
+def replace_latents(mixture: StageMixture) -> StageMixture:
+    """The same mixture, whose images come as pixels always."""
+    from copy import copy
+
+    plain_mixture = copy(mixture)
+    plain_mixture.latents = None
+    return plain_mixture
 
 
 def _generate_rows(mixture: StageMixture, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
     for step in steps:
-        for request in _Requests(mixture.order, step, step + 1, 0, 1):
-            read = mixture[request]
-            for place, (source, row, prompt) in enumerate(zip(read.sources, read.keys, read.prompts, strict=True)):
-                target, *references = (pixels[place] for pixels in read.pixels)
-                yield {"step": step, "micro": request.micro, "source": source, "key": row, "prompt": prompt, "target": target, "references": references}
+        for requests in _Requests(mixture, step, step + 1, 0, 1, {}):
+            for read in mixture[requests]:
+                batch = mixture._micro_batch(read)
+                for place, (source, row, prompt) in enumerate(zip(batch.sources, batch.keys, batch.prompts, strict=True)):
+                    target, *references = (images.pixels[place].numpy() for images in read.images)
+                    yield {"step": step, "micro": batch.micro, "source": source, "key": row, "prompt": prompt, "target": target, "references": references}
 
 
-def check_processes(micro_batches: int, processes: int) -> None:
-    """Raise ValueError unless the processes share out a step's micro-batches evenly."""
-    if micro_batches % processes:
-        possible = [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
-        raise ValueError(
-            f"a step has {micro_batches} micro-batches (batch.images / batch.micro), which {processes} processes cannot share evenly; "
-            f"start {', '.join(map(str, possible))} processes, or choose another batch.micro"
-        )
+class _Requests(Sampler[tuple[_Request, ...]]):
+    """What this process is to read, a worker's message at a time."""
 
+    def __init__(self, mixture: StageMixture, first: int, last: int, rank: int, processes: int, lanes: Mapping[str, LaneReader]) -> None:
+        self.mixture, self.first, self.last, self.rank, self.processes, self.lanes = mixture, first, last, rank, processes, lanes
 
-class _Requests(Sampler[_Request]):
-    def __init__(self, order: Order, first: int, last: int, rank: int, processes: int) -> None:
-        self.order, self.first, self.last, self.rank, self.processes = order, first, last, rank, processes
-
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[tuple[_Request, ...]]:
         for start in range(self.first, self.last, _SAMPLED_AT_ONCE):
-            drawn = self.order.steps(start, min(_SAMPLED_AT_ONCE, self.last - start))
-            for offset in range(drawn.cell.shape[0]):
-                for micro in range(self.rank, self.order.micro_batches, self.processes):
-                    yield _Request(start + offset, micro, tuple(drawn.cell[offset, micro].tolist()), tuple(drawn.draw[offset, micro].tolist()))
+            drawn = self.mixture.order.steps(start, min(_SAMPLED_AT_ONCE, self.last - start))
+            for offset in range(len(drawn.starts) - 1):
+                yield from self._messages(list(self._step(drawn, offset)))
+
+    def _step(self, drawn: Drawn, offset: int) -> Iterator[_Request]:
+        order, lanes = self.mixture.order, {name: selection.stream.num_lanes for name, selection in self.mixture.streams.items() if selection.stream}
+        begin, end = int(drawn.starts[offset]), int(drawn.starts[offset + 1])
+        micro, cell, draw = drawn.micro[begin:end], drawn.cell[begin:end], drawn.draw[begin:end]
+        own: NDArray[np.int64] = np.arange(end - begin)
+        if self.processes > 1:
+            tokens = np.asarray([order.cells[i].tokens for i in cell.tolist()])
+            owner = np.asarray([int(d) % lanes[order.cells[i].source] % self.processes if order.cells[i].source in lanes else -1 for i, d in zip(cell.tolist(), draw.tolist(), strict=True)])
+            own = share_out(tokens, owner, self.processes)[self.rank]
+        given: dict[int, tuple[str, Cells, int]] = {}
+        if lanes:  # a lane gives its rows in the order of their numbers
+            for place in sorted(own.tolist(), key=lambda place: int(draw[place])):
+                if (name := order.cells[int(cell[place])].source) in lanes:
+                    given[place] = self.lanes[name].draw(int(draw[place]))
+        numbers = np.unique(micro[own]).tolist()
+        for number in numbers:
+            places = own[micro[own] == number].tolist()
+            yield _Request(
+                drawn.first_step + offset,
+                number,
+                end - begin,
+                number == numbers[-1],
+                tuple(drawn.first_position + begin + place for place in places),
+                tuple(cell[places].tolist()),
+                tuple(draw[places].tolist()),
+                tuple(given.get(place) for place in places),
+            )
+
+    def _messages(self, requests: Sequence[_Request]) -> Iterator[tuple[_Request, ...]]:
+        """A step's requests, together while they are small: handing over costs a millisecond, however little."""
+        message: list[_Request] = []
+        size = 0
+        for request in requests:
+            signature = self.mixture.signatures[request.cells[0]]
+            own = len(request.cells) * sum(3 * height * width for height, width in (signature.target, *signature.references))
+            if message and size + own > _MESSAGE:
+                yield tuple(message)
+                message, size = [], 0
+            message.append(request)
+            size += own
+        if message:
+            yield tuple(message)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _by_the_best_way(message: list[_Read]) -> list[_Read]:
+    return message
 
 
 _LAST_SECONDS = 30
@@ -298,22 +392,28 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def read_rows(source: Source, rows: Sequence[int], resolution: int) -> tuple[list[MicroBatch], list[BadRow]]:
-    """Some rows of a source as micro-batches, one for each number of references, and those that could not be decoded."""
-    groups: dict[int, list[int]] = {}
-    for row in rows:
-        groups.setdefault(int(source.num_references[row]), []).append(row)
-    batches: list[MicroBatch] = []
+def read_rows(selection: Selection, rows: Iterable[int], shapes: Shapes, latents: Latents | None = None) -> tuple[list[MicroBatch], list[BadRow]]:
+    """Some rows of a source as micro-batches, one for each signature in the order of its first row, and those that could not be decoded.
+
+    Rows are seen plainly: the centre, the first caption.
+    """
+    source = selection.source
+    groups: dict[Signature, list[tuple[str, str, list[Seen]]]] = {}
     bad: list[BadRow] = []
-    for group in groups.values():
-        examples = []
-        for row in group:
-            try:
-                examples.append(source.example(row))
-            except UnreadableRow as error:
-                bad.append(error.bad_row)
-        if examples:
-            targets, *references = _tensors(_read(examples, resolution))
-            keys, prompts = tuple(example.key for example in examples), tuple(example.prompt for example in examples)
+    for row in rows:
+        row_class = selection.class_of(row)
+        signature = shapes.signature(row_class)
+        groups.setdefault(signature, [])
+        try:
+            held = selection.cells(row)
+            seen = read_row(source.name, source.key(row), held, row_class, signature, View(), latents)
+            groups[signature].append((source.key(row), without_placeholders(plain(held.prompts, selection.captions)), seen))
+        except UnreadableRow as error:
+            bad.append(error.bad_row)
+    batches = []
+    for signature, group in groups.items():
+        if group:
+            keys, prompts, images = zip(*group, strict=True)
+            targets, *references = (gathered(size, role) for size, role in zip((signature.target, *signature.references), zip(*images, strict=True), strict=True))
             batches.append(MicroBatch(0, 0, tuple(range(len(keys))), (source.name,) * len(keys), keys, prompts, targets, tuple(references)))
     return batches, bad

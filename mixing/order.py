@@ -1,114 +1,31 @@
 """Order: which source and which row stand at which position of a stage, as arithmetic.
 
 Nothing here is drawn, stored or replayed. How many images each source has given after t images of a stage is a closed formula of t
-(`Quota`); the order inside a step is a sort by keys; the rows of an epoch are a keyed permutation (`permute`). So the order depends on the
-plan and the position alone, not on the number of processes, workers or restarts, and step 1,000,000 costs what step 0 costs.
+(`mixing.quota`); the order inside a step is a sort by keys; the rows of an epoch are a keyed permutation (`permute`). So the order depends
+on the plan and the position alone, not on the number of processes, workers or restarts, and step 1,000,000 costs what step 0 costs.
 
-A step is a list of micro-batches of equal size, and a micro-batch has one signature. The rows of one source with one signature are a *cell*.
-Micro-batches are shared out among the signatures, and the images of a signature among its cells.
+Rows of one source and one shape class are a *group*: each epoch shows every row of it once. A group at one level of resolution is a *cell*; cells
+whose images have the same shapes share a *signature*. The images of a stage stand in one long line of micro-batches, each of one signature and of
+as many images as fit; a step is a piece of that line, so many images or tokens long. Where a step ends inside a micro-batch the rest of it opens
+the next step: nothing is dropped, and nothing is waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixing.keys import key, keys, scramble
+from mixing.quota import Quota, grafted, leaf_bounds, renumbered, tree_by_composition, tree_by_group, tree_by_weight, value_bounds
 from mixing.shares import integers
 
 Integers = NDArray[np.int64]
-
-# --- how many of each, after t --------------------------------------------------------------------------------------------------------
-
-_Tree = int | tuple["_Tree", "_Tree"]
-_SEARCHED = 6  # up to so many leaves every tree is tried (945 of them)
-
-
-def _weight(tree: _Tree, weights: Sequence[int]) -> int:
-    return weights[tree] if isinstance(tree, int) else sum(_weight(child, weights) for child in tree)
-
-
-def _worst(tree: _Tree, weights: Sequence[int], error: float = 0.0) -> float:
-    """Upper bound of |count - t x share| over the leaves of a tree whose root is off by at most `error`.
-
-    Rounding to nearest puts a child off by 1/2, and it inherits its fraction of its parent's error.
-    """
-    if isinstance(tree, int):
-        return error
-    total = _weight(tree, weights)
-    return max(_worst(child, weights, 0.5 + error * _weight(child, weights) / total) for child in tree)
-
-
-def _every_tree(leaves: tuple[int, ...]) -> Iterator[_Tree]:
-    if len(leaves) == 1:
-        yield leaves[0]
-        return
-    first, rest = leaves[0], leaves[1:]
-    for chosen in range(2 ** len(rest) - 1):
-        left = (first, *(leaf for bit, leaf in enumerate(rest) if chosen >> bit & 1))
-        right = tuple(leaf for bit, leaf in enumerate(rest) if not chosen >> bit & 1)
-        for one in _every_tree(left):
-            for other in _every_tree(right):
-                yield one, other
-
-
-def _huffman(weights: Sequence[int]) -> _Tree:
-    heap: list[tuple[int, int, _Tree]] = [(weight, leaf, leaf) for leaf, weight in enumerate(weights)]
-    heapify(heap)
-    for number in range(len(weights), 2 * len(weights) - 1):
-        light, _, left = heappop(heap)
-        heavy, _, right = heappop(heap)
-        heappush(heap, (light + heavy, number, (left, right)))
-    return heap[0][2]
-
-
-class Quota:
-    """How many of t things go to each of several takers, exactly by weight at every t: nested rounding down a binary tree.
-
-    weights: positive integers with a sum below 2**31. For every t >= 0: the counts sum to t; each grows by 0 or 1 from t to t + 1; at a
-    multiple of the sum of the weights they are exact; and each is within `bound` of t x its share, always below 2: in a Huffman tree an
-    inner node weighs at most 2/3 of its parent, so inner errors stay below 1/2 / (1 - 2/3) and a leaf adds 1/2. Up to 6 takers the best
-    of all trees is taken, whose bound is at most 1 in practice.
-    """
-
-    def __init__(self, weights: Sequence[int]) -> None:
-        self.weights = tuple(int(weight) for weight in weights)
-        assert self.weights
-        assert min(self.weights) > 0
-        assert sum(self.weights) < 2**31
-        leaves = tuple(range(len(self.weights)))
-        tree = min(_every_tree(leaves), key=lambda t: _worst(t, self.weights)) if len(leaves) <= _SEARCHED else _huffman(self.weights)
-        self.bound = _worst(tree, self.weights)
-        self._splits: list[tuple[int, int, int, int, int]] = []  # node, left child, right child, weight left, weight; parents first
-        self._leaves: list[int] = [0] * len(leaves)
-        self._number = 0
-        self._lay_out(tree)
-
-    def _lay_out(self, tree: _Tree) -> int:
-        node, self._number = self._number, self._number + 1
-        if isinstance(tree, int):
-            self._leaves[tree] = node
-            return node
-        place = len(self._splits)
-        self._splits.append((0, 0, 0, 0, 0))
-        left, right = self._lay_out(tree[0]), self._lay_out(tree[1])
-        self._splits[place] = (node, left, right, _weight(tree[0], self.weights), _weight(tree, self.weights))
-        return node
-
-    def counts(self, t: Integers) -> Integers:
-        """Counts after t things, [*t.shape, number of takers]. t: any shape, 0 <= t < 2**62."""
-        nodes: list[Integers] = [t.astype(np.int64)] * self._number
-        for node, left, right, weight, total in self._splits:
-            whole, rest = np.divmod(nodes[node], total)
-            nodes[left] = whole * weight + (rest * weight + total // 2) // total
-            nodes[right] = nodes[node] - nodes[left]
-        return np.stack([nodes[leaf] for leaf in self._leaves], axis=-1)
-
 
 # --- which row ------------------------------------------------------------------------------------------------------------------------
 
@@ -143,114 +60,361 @@ def permute(places: Integers, size: int, base: int) -> Integers:
     return flat.astype(np.int64).reshape(places.shape)
 
 
+# --- how long a step is ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step holds, over all processes: so many images or tokens, the same in every step, or changing in a straight line over the stage."""
+
+    unit: Literal["images", "tokens"]
+    first: int
+    """Of the first step."""
+    last: int
+    """Of the last step."""
+    steps: int
+    """Of the stage."""
+
+    def edges(self, steps: Integers) -> Integers:
+        """Images or tokens before each of these steps, shape as `steps`."""
+        if self.first == self.last:
+            return steps.astype(np.int64) * self.first
+        slope, over = self.last - self.first, 2 * (self.steps - 1)
+        return steps * self.first + (steps * (steps - 1) * slope + over // 2) // over
+
+
 # --- the order of a stage -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The training rows of one source that have one signature."""
+    """The rows of one group at one level."""
 
     source: str
+    group: str
+    """Rows of one shape class; its draws are numbered through all cells and stages."""
     signature: str
+    """What must agree inside a micro-batch."""
     rows: int
-    """How many rows, at least 1."""
+    """Of the group, at least 1."""
     weight: Fraction
     """Share of the images, not normalised."""
+    micro: int = 1
+    """Images that a micro-batch may hold; cells of one signature agree in it."""
+    tokens: int = 1
+    """Of an image; cells of one signature agree in it."""
     drawn_before: int = 0
-    """Images drawn in earlier stages: the epoch goes on where they left it."""
+    """Images of the group drawn in earlier stages: the epoch goes on where they left it."""
+    level: int = 0
+    """Which of the stage's resolutions."""
 
     def row(self, draws: Integers, seed: int) -> Integers:
-        """The row, in [0, rows), that each draw of this cell gets. draws: 0 is the first of the whole run.
+        """The row, in [0, rows), that each draw of this group gets. draws: 0 is the first of the whole run.
 
-        Each epoch visits every row once, in an order of its own, keyed by the seed and this cell's names alone.
+        Each epoch visits every row once, in an order of its own, keyed by the seed and this group's names alone.
         """
         epochs, places = np.divmod(draws, self.rows)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = permute(places[here], self.rows, key(seed, "rows", self.source, self.signature, int(epoch)))
+            rows[here] = permute(places[here], self.rows, key(seed, "rows", self.source, self.group, int(epoch)))
         return rows
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What stands at the positions of a run of steps. Shapes [steps, micro-batches, images of a micro-batch]."""
+    """What stands at the positions of a run of steps, image after image."""
 
     first_step: int
+    first_position: int
+    """Images of the stage before these."""
+    starts: Integers
+    """[steps + 1]: where each step begins among these images, and where the last one ends."""
+    micro: Integers
+    """[images]: which micro-batch of its step, from 0."""
     cell: Integers
-    """Index into `Order.cells`."""
+    """[images]: index into `Order.cells`."""
     draw: Integers
-    """How many images of that cell came before, in the whole run."""
+    """[images]: how many images of that cell's group came before, in the whole run."""
 
 
 class Order:
     """The order of one stage.
 
-    seed, stage: what the order inside a step is keyed by. images: per step, over all processes. micro: images of a micro-batch, a divisor
-    of `images`. For every source, images drawn and share x images differ at the end of every step by less than 2 where all cells have one
-    signature, and otherwise by at most `micro_batches_off` micro-batches times its part of the signature, and 2.
+    seed, stage: what the order inside a step is keyed by. segments: the cells' weights from a step on, in the order of `cells`, where they change on
+    the way; the first begins at step 0. Left out: the cells' own weights throughout. For every source, images drawn and images asked for differ at
+    the end of every step by at most `off[source]`: less than 2 where all cells have one signature and a step is whole micro-batches.
     """
 
-    def __init__(self, seed: int, stage: str, cells: Sequence[Cell], images: int, micro: int) -> None:
+    def __init__(self, seed: int, stage: str, cells: Sequence[Cell], budget: Budget, segments: Sequence[tuple[int, Sequence[Fraction]]] = ()) -> None:
         assert cells
-        assert images % micro == 0
-        assert min(cell.rows for cell in cells) > 0
-        self.cells = tuple(cells)
-        self.images, self.micro, self.micro_batches = images, micro, images // micro
+        assert min(min(cell.rows, cell.micro, cell.tokens) for cell in cells) > 0
+        self.cells, self.budget = tuple(cells), budget
         self._key = key(seed, "order", stage)
         self.signatures = tuple(dict.fromkeys(cell.signature for cell in cells))
-        members = [[index for index, cell in enumerate(cells) if cell.signature == signature] for signature in self.signatures]
-        whole = list(integers({str(index): cell.weight for index, cell in enumerate(cells)}).values())
-        self._members = members
-        self._signature_quota = Quota(list(integers({s: sum((cells[i].weight for i in m), Fraction(0)) for s, m in zip(self.signatures, members, strict=True)}).values()))
-        self._cell_quotas = [Quota([whole[index] for index in member]) for member in members]
-        self.micro_batches_off = self._signature_quota.bound
+        numbers = {name: number for number, name in enumerate(dict.fromkeys((cell.source, cell.group) for cell in cells))}
+        self.groups: tuple[tuple[str, str], ...] = tuple(numbers)
+        """Source and group of everything whose draws are numbered together."""
+        self._group_of = np.asarray([numbers[cell.source, cell.group] for cell in cells], dtype=np.int64)
+        self._drawn_before = np.zeros(len(numbers), dtype=np.int64)
+        self._drawn_before[self._group_of] = [cell.drawn_before for cell in cells]
+        self._segments: list[_Segment] = []
+        self._lay_out([(first, list(weights)) for first, weights in segments] or [(0, [cell.weight for cell in cells])])
+
+    def _lay_out(self, asked: Sequence[tuple[int, Sequence[Fraction]]]) -> None:
+        """Segment after segment: what one has given too much or too little the next one makes good, so that errors do not add up."""
+        assert asked[0][0] == 0
+        shares = [[weight / sum(weights) for weight in weights] for _, weights in asked]
+        mean = [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
+        # Sources share micro-batches, or each has its own: whichever keeps the shares closer. With one signature that is sharing them. A level may be off
+        # by a few images more than a source, for nothing else is told by its share.
+        tried = [_Trees(self.cells, mean, self.budget, how) for how in ("together", "sources apart", "levels apart")]
+        trees = min(tried, key=lambda trees: max(trees.off.values()) + max(trees.levels_off.values()) / 4)
+        self._names, self._members, self._micro, self._units = trees.names, trees.members, trees.micro, trees.units
+        self.off = {name: off * (2 if len(asked) > 1 else 1) for name, off in trees.off.items()}
+        size = self._micro * self._units
+        self._reach = int(min(4, max(1, min(self.budget.first, self.budget.last) // size.max() - 1))) if self.budget.unit == "tokens" else 1
+        units = self._units[trees.number_of]
+        drawn, due, images = np.zeros(len(self.cells), dtype=np.int64), [Fraction(0)] * len(self.cells), 0
+        for number, ((first, _), share) in enumerate(zip(asked, shares, strict=True)):
+            end = asked[number + 1][0] if number + 1 < len(asked) else self.budget.steps
+            length = int(self.budget.edges(np.asarray(end)) - self.budget.edges(np.asarray(first)))
+            expected = Fraction(length) / sum((part * int(unit) for part, unit in zip(share, units, strict=True)), Fraction(0))
+            wanted = [max(part * expected + owed - int(given), part * expected / 1000) for part, owed, given in zip(share, due, drawn, strict=True)]
+            self._segments.append(_Segment(first, images, share, drawn, *trees.quotas(wanted if number else share), size))
+            if end < self.budget.steps:
+                drawn = self.counts(np.asarray(end))
+                due = [owed + part * (int(drawn.sum()) - images) for owed, part in zip(due, share, strict=True)]
+                images = int(drawn.sum())
+
+    def _segment_at(self, steps: Integers) -> Integers:
+        """Which segment steps, or the edges before them, belong to; an edge between two belongs to the earlier."""
+        return np.maximum(np.searchsorted([segment.first_step for segment in self._segments], steps, side="left") - 1, 0)
+
+    def asked(self, steps: int) -> dict[str, float]:
+        """The share of each source that was asked for over the first `steps` steps of the stage, counted in images; of the first one's if that is 0."""
+        steps = max(steps, 1)
+        total = int(self.counts(np.asarray(steps)).sum())
+        shares = dict.fromkeys((cell.source for cell in self.cells), Fraction(0))
+        begun = [segment for segment in self._segments if segment.first_step < steps]
+        for segment, until in zip(begun, [*(segment.images_before for segment in begun[1:]), total], strict=True):
+            for cell, part in zip(self.cells, segment.shares, strict=True):
+                shares[cell.source] += part * (until - segment.images_before)
+        return {name: float(share / total) for name, share in shares.items()}
+
+    def asked_at(self, step: int) -> dict[str, float]:
+        """The share of each source that is asked for in one step."""
+        shares = dict.fromkeys((cell.source for cell in self.cells), Fraction(0))
+        for cell, part in zip(self.cells, self._segments[int(self._segment_at(np.asarray(step + 1)))].shares, strict=True):
+            shares[cell.source] += part
+        return {name: float(share) for name, share in shares.items()}
 
     def counts(self, steps: Integers) -> Integers:
         """Images of each cell that the stage has drawn after so many steps, [*steps.shape, cells]. A closed formula: no step is visited."""
-        counts = np.zeros((*steps.shape, len(self.cells)), dtype=np.int64)
-        per_signature = self._signature_quota.counts(steps.astype(np.int64) * self.micro_batches) * self.micro
-        for number, (member, quota) in enumerate(zip(self._members, self._cell_quotas, strict=True)):
-            counts[..., member] = quota.counts(per_signature[..., number])
-        return counts
+        flat = steps.astype(np.int64).ravel()
+        counts = np.empty((flat.size, len(self.cells)), dtype=np.int64)
+        number = self._segment_at(flat)
+        for which in np.unique(number):
+            segment, here = self._segments[which], number == which
+            counts[here] = self._cell_counts(segment, self._images(segment, self._edges(segment, flat[here])))
+        return counts.reshape(*steps.shape, len(self.cells))
+
+    def drawn_after(self, steps: int) -> dict[tuple[str, str], int]:
+        """Images of each (source, group) drawn in the whole run once this stage has made so many steps."""
+        counts = self._drawn_before + self._group_counts(self.counts(np.asarray([steps])))[0]
+        return dict(zip(self.groups, counts.tolist(), strict=True))
 
     def steps(self, first: int, number: int) -> Drawn:
         """What stands in steps first ... first + number - 1."""
-        edges = np.arange(first, first + number + 1, dtype=np.int64)
-        batches = edges * self.micro_batches
-        signature = _laid_out(self._signature_quota.counts(batches), key(self._key, "signature"), batches[0], self.micro_batches)
-        cell = np.empty((number * self.micro_batches, self.micro), dtype=np.int64)
-        draw = np.empty_like(cell)
-        counted = self._signature_quota.counts(batches)
-        before = self.counts(edges)
-        for index, member in enumerate(self._members):
-            images = counted[:, index] * self.micro
-            which, nth = _shuffled(before[:, member], key(self._key, "image", self.signatures[index]), int(images[0]))
-            here = signature.ravel() == index
-            cell[here] = np.asarray(member, dtype=np.int64)[which].reshape(-1, self.micro)
-            draw[here] = nth.reshape(-1, self.micro)
-        draw += np.asarray([c.drawn_before for c in self.cells], dtype=np.int64)[cell]
-        shape = (number, self.micro_batches, self.micro)
-        return Drawn(first, cell.reshape(shape), draw.reshape(shape))
+        borders = [segment.first_step for segment in self._segments if first < segment.first_step < first + number]
+        edges = [first, *borders, first + number]
+        parts = [self._steps(self._segments[int(self._segment_at(np.asarray(start + 1)))], start, end - start) for start, end in pairwise(edges)]
+        if len(parts) == 1:
+            return parts[0]
+        before = np.cumsum([0, *(part.starts[-1] for part in parts[:-1])])
+        starts = [parts[0].starts[:1], *(part.starts[1:] + images for part, images in zip(parts, before, strict=True))]
+        micro, cell, draw = (np.concatenate([getattr(part, name) for part in parts]) for name in ("micro", "cell", "draw"))
+        return Drawn(first, parts[0].first_position, np.concatenate(starts), micro, cell, draw)
+
+    def _edges(self, segment: _Segment, steps: Integers) -> _Edges:
+        """Where steps begin in a segment. Where the budget's edge falls inside a micro-batch, images of that one, or of one shortly before it with
+        images that fill the step better, are left to the step that begins. steps: [edges].
+        """
+        edges = self.budget.edges(steps) - int(self.budget.edges(np.asarray(segment.first_step)))
+        size = self._micro * self._units
+        low = np.maximum((edges / segment.mean_units).astype(np.int64) - segment.slack, 0)
+        high = low + 2 * segment.slack + 1  # the first `low` micro-batches end at or before the edge, the first `high` after it
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            fits = segment.signatures.counts(middle) @ size <= edges
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        batch = low[:, None] + np.arange(1 - self._reach, 1)  # candidates, [edges, reach]
+        counts = segment.signatures.counts(np.maximum(np.concatenate([batch, low[:, None] + 1], axis=1), 0))
+        signature = np.diff(counts, axis=1).argmax(axis=2)
+        over = counts[:, -1] @ size - edges
+        unit, most = self._units[signature], self._micro[signature]
+        left = (2 * over[:, None] + unit) // (2 * unit)
+        last = np.arange(self._reach) == self._reach - 1
+        off = np.where((batch >= 0) & ((left < most) | last), np.abs(over[:, None] - left * unit), np.iinfo(np.int64).max)
+        chosen = self._reach - 1 - off[:, ::-1].argmin(axis=1)
+        here = np.arange(len(edges)), chosen
+        whole = left[here] == most[here]  # the edge falls between two micro-batches
+        return _Edges(np.where(whole, low, low + 1), batch[here], signature[here], np.where(whole, 0, left[here]))
+
+    def _images(self, segment: _Segment, edges: _Edges) -> Integers:
+        """Images of each signature before edges, [edges, signatures]."""
+        counts = segment.signatures.counts(edges.batches) * self._micro
+        counts[np.arange(len(counts)), edges.signature] -= edges.left
+        return counts
+
+    def _cell_counts(self, segment: _Segment, images: Integers) -> Integers:
+        """Images of each cell in the stage, [edges, cells], from those of each signature in a segment."""
+        counts = np.empty((len(images), len(self.cells)), dtype=np.int64)
+        for number, (members, quota) in enumerate(zip(self._members, segment.cells, strict=True)):
+            counts[:, members] = quota.counts(images[:, number])
+        return counts + segment.drawn_before
+
+    def _group_counts(self, counts: Integers) -> Integers:
+        """Images of each group, [edges, groups], from those of each cell."""
+        groups = np.zeros((len(self.groups), len(counts)), dtype=np.int64)
+        np.add.at(groups, self._group_of, counts.T)
+        return groups.T
+
+    def _steps(self, segment: _Segment, first: int, number: int) -> Drawn:
+        """As `steps`, inside one segment."""
+        edges = self._edges(segment, np.arange(first, first + number + 1, dtype=np.int64))
+        per_cell = self._cell_counts(segment, self._images(segment, edges))
+        # Micro-batches: those that begin in these steps, and what was left of those before.
+        low, high = int(edges.batches[0]), int(edges.batches[-1])
+        signature = np.diff(segment.signatures.counts(np.arange(low, high + 1, dtype=np.int64)), axis=0).argmax(axis=1)
+        length = self._micro[signature]
+        opening, closing = np.flatnonzero(edges.left[:-1]), np.flatnonzero(edges.left[1:]) + 1
+        length[edges.batch[closing] - low] -= edges.left[closing]
+        begun = np.searchsorted(edges.batches, np.arange(low, high), side="right") - 1
+        batch = np.concatenate([np.arange(low, high), edges.batch[opening]])
+        signature = np.concatenate([signature, edges.signature[opening]])
+        length = np.concatenate([length, edges.left[opening]])
+        of_step = np.concatenate([begun, opening])
+        # In each step in an order of their own.
+        shuffled = np.lexsort((keys(key(self._key, "micro-batch", segment.first_step), batch), of_step))
+        signature, length, of_step = signature[shuffled], length[shuffled], of_step[shuffled]
+        micro = np.arange(of_step.size) - np.searchsorted(of_step, of_step)
+        # Their images: each gets a cell of its signature, and a number among the images of its group.
+        step, image_signature = np.repeat(of_step, length), np.repeat(signature, length)
+        cell = np.empty(step.size, dtype=np.int64)
+        for index, members in enumerate(self._members):
+            here = np.flatnonzero(image_signature == index)
+            if here.size:
+                cell[here] = members[_shuffled(per_cell[:, members], key(self._key, "image", self._names[index], segment.first_step))]
+        group, before = self._group_of[cell], self._drawn_before + self._group_counts(per_cell)
+        together = np.lexsort((group, step))
+        run = (step * len(self.groups) + group)[together]
+        nth = np.empty(step.size, dtype=np.int64)
+        nth[together] = np.arange(step.size) - np.searchsorted(run, run)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(step, minlength=number))])
+        return Drawn(first, int(per_cell[0].sum()), starts, np.repeat(micro, length), cell, before[step, group] + nth)
 
 
-def _laid_out(counts: Integers, base: int, first: np.int64, width: int) -> Integers:
-    """The takers of each step in an order keyed by position, [steps, width]. counts: at the edges of the steps, [steps + 1, takers]."""
-    which, _ = _shuffled(counts, base, int(first))
-    return which.reshape(-1, width)
+@dataclass(frozen=True)
+class _Edges:
+    """Where steps begin in the line of a segment's micro-batches. Each [edges]."""
+
+    batches: Integers
+    """Micro-batches begun before."""
+    batch: Integers
+    """The one of them whose last images belong to the step that begins here."""
+    signature: Integers
+    """Its signature."""
+    left: Integers
+    """How many images that are."""
 
 
-def _shuffled(counts: Integers, base: int, first: int) -> tuple[Integers, Integers]:
-    """For each thing given out between the edges, its taker and how many that taker had before it; shuffled inside each step by key.
+class _Trees:
+    """The trees along which shares are rounded, the same in all segments of a stage."""
 
-    counts: running counts at the edges of the steps, [steps + 1, takers]; first: things given out before the first edge.
-    """
+    def __init__(self, cells: Sequence[Cell], weights: Sequence[Fraction], budget: Budget, how: str) -> None:
+        """weights: of each cell, on average over the segments. how: sources share micro-batches (`together`); or each has its own, and what is divided
+        first is the micro-batches among the sources, and then a source's among the levels (`sources apart`), or the other way round (`levels apart`).
+        """
+        kinds = [cell.signature if how == "together" else f"{cell.signature} of {cell.source}" for cell in cells]
+        numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        self.names = tuple(numbers)
+        self.number_of = np.asarray([numbers[kind] for kind in kinds], dtype=np.int64)
+        self.members = [np.flatnonzero(self.number_of == number) for number in range(len(self.names))]
+        members: list[list[int]] = [own.tolist() for own in self.members]
+        assert all(len({(cells[i].micro, cells[i].tokens) for i in own}) == 1 for own in members)
+        tokens = np.asarray([cells[own[0]].tokens for own in members], dtype=np.int64)
+        self.units = tokens if budget.unit == "tokens" else np.ones_like(tokens)
+        # A micro-batch is no longer than a step, and holds no row twice as long as there are as many.
+        rows = [sum({(cells[i].source, cells[i].group): cells[i].rows for i in own}.values()) for own in members]
+        most = min(budget.first, budget.last) // self.units
+        assert most.min() > 0, "an image is longer than a step"
+        self.micro = micro = np.asarray([min(cells[own[0]].micro, *each) for own, *each in zip(members, rows, most.tolist(), strict=True)], dtype=np.int64)
+        names, levels = list(dict.fromkeys(cell.source for cell in cells)), sorted({cell.level for cell in cells})
+        shares = np.asarray([float(weight) for weight in weights])
+        shares /= shares.sum()
+        image_share = np.asarray([shares[own].sum() for own in members])
+        # Of each source, and of each level, the images in an image of each signature beyond what they are in all.
+        within = np.zeros((len(members), len(names) + len(levels)))
+        for number, own in enumerate(members):
+            for i in own:
+                within[number, names.index(cells[i].source)] += shares[i] / image_share[number]
+                within[number, len(names) + levels.index(cells[i].level)] += shares[i] / image_share[number]
+        excess = within - image_share @ within
+        batch_share = image_share / micro
+        if how == "together":
+            self._signatures = tree_by_composition(excess * micro[:, None], batch_share)
+        else:
+            of_source, of_level = [cells[own[0]].source for own in members], [cells[own[0]].level for own in members]
+            self._signatures = tree_by_group([of_source, of_level] if how == "sources apart" else [of_level, of_source], batch_share)
+        self._cells, inside = [], np.zeros(len(names))
+        for own in members:
+            sources = list(dict.fromkeys(cells[i].source for i in own))
+            parts = [[place for place, i in enumerate(own) if cells[i].source == name] for name in sources]
+            sums = [sum((weights[own[place]] for place in part), Fraction(0)) for part in parts]
+            top = tree_by_weight(_whole(sums))
+            inner = [renumbered(tree_by_weight(_whole([weights[own[place]] for place in part])), part) for part in parts]
+            self._cells.append(grafted(top, inner))
+            inside[[names.index(name) for name in sources]] += leaf_bounds(top, [float(value) for value in sums])
+        moved = value_bounds(self._signatures, batch_share, excess * micro[:, None])
+        is_whole = budget.unit == "images" and budget.first == budget.last and len(set(micro.tolist())) == 1 and budget.first % int(micro[0]) == 0
+        if not is_whole:
+            moved += np.abs(excess * micro[:, None]).max(axis=0)
+        self.off = dict(zip(names, (moved[: len(names)] + inside).tolist(), strict=True))
+        """For each source, the bound on |images drawn - images asked for| at the end of every step."""
+        self.levels_off = dict(zip(levels, moved[len(names) :].tolist(), strict=True))
+        """The same for each level."""
+
+    def quotas(self, weights: Sequence[Fraction]) -> tuple[Quota, list[Quota]]:
+        """How micro-batches are given to the signatures, and the images of each to its cells. weights: of the cells, some of which may be 0."""
+        sums = [sum((weights[i] for i in own.tolist()), Fraction(0)) / int(micro) for own, micro in zip(self.members, self.micro, strict=True)]
+        cells = [Quota(_whole([weights[i] for i in own.tolist()]), tree) for own, tree in zip(self.members, self._cells, strict=True)]
+        return Quota(_whole(sums), self._signatures), cells
+
+
+class _Segment:
+    """A run of steps with one set of weights."""
+
+    def __init__(self, first_step: int, images_before: int, shares: Sequence[Fraction], drawn_before: Integers, signatures: Quota, cells: list[Quota], size: Integers) -> None:
+        self.first_step, self.images_before, self.shares, self.drawn_before = first_step, images_before, shares, drawn_before
+        self.signatures, self.cells = signatures, cells
+        weights = np.asarray(signatures.weights, dtype=np.float64)
+        self.mean_units = float(weights @ size / weights.sum())
+        """Images or tokens of a micro-batch."""
+        self.slack = int(value_bounds(signatures.tree, weights, size[:, None].astype(np.float64))[0] / self.mean_units) + 2
+        """How many micro-batches the line can be ahead of, or behind, the mean."""
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    """Weights, some of which may be 0, as whole numbers; all 0 count alike."""
+    whole = integers({str(number): weight for number, weight in enumerate(weights) if weight > 0} or {str(number): Fraction(1) for number in range(len(weights))})
+    return [whole.get(str(number), 0) for number in range(len(weights))]
+
+
+def _shuffled(counts: Integers, base: int) -> Integers:
+    """For each thing given out between the edges its taker, shuffled inside each step by key. counts: running counts at the edges, [steps + 1, takers]."""
     given = np.diff(counts, axis=0)
     steps, takers = given.shape
-    flat = given.ravel()
-    which = np.repeat(np.tile(np.arange(takers, dtype=np.int64), steps), flat)
-    starts = np.cumsum(flat) - flat
-    nth = np.arange(which.size, dtype=np.int64) - np.repeat(starts, flat) + np.repeat(counts[:-1].ravel(), flat)
+    which = np.repeat(np.tile(np.arange(takers, dtype=np.int64), steps), given.ravel())
     step = np.repeat(np.arange(steps, dtype=np.int64), given.sum(axis=1))
-    order = np.lexsort((keys(base, first + np.arange(which.size, dtype=np.int64)), step))
-    return which[order], nth[order]
+    return which[np.lexsort((keys(base, counts[0].sum() + np.arange(which.size, dtype=np.int64)), step))]

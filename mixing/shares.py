@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import gcd, lcm
 from typing import Literal, Protocol
 
@@ -19,6 +21,20 @@ class Exponent(Protocol):
 
 
 Mix = Literal["natural"] | Exponent | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Shares that change in a straight line over a stage."""
+
+    first: Mix
+    """The mix of the first step."""
+    last: Mix
+    """The mix of the last step."""
+
+
+SEGMENTS = 100
+"""A ramp has so many steps of its own, at most; inside each the shares stay."""
 
 
 def weights(mix: Mix, sizes: Mapping[str, int]) -> dict[str, Fraction]:
@@ -50,6 +66,29 @@ def shares(mix: Mix, sizes: Mapping[str, int]) -> dict[str, float]:
     asked = weights(mix, sizes)
     total = sum(asked.values())
     return {name: float(weight / total) for name, weight in asked.items()}
+
+
+def ramp_steps(mix: Mix | Ramp, sizes: Mapping[str, int], steps: int) -> list[tuple[int, dict[str, Fraction]]]:
+    """From which step on which shares are asked for, adding up to 1, of the sources that are drawn at some time; one entry for a mix that stays.
+
+    The shares of a segment are the mean of the ramp over its steps, so that their sum over the stage is the ramp's own. Errors as `weights`.
+    """
+    if not isinstance(mix, Ramp):
+        return [(0, _normalised(weights(mix, sizes)))]
+    first, last = (_normalised(weights(end, sizes)) for end in (mix.first, mix.last))
+    names = [name for name in sizes if name in first or name in last]
+    number = min(SEGMENTS, steps)
+    borders = [part * steps // number for part in range(number + 1)]
+    parts = []
+    for begin, end in pairwise(borders):
+        way = Fraction(begin + end - 1, 2 * (steps - 1)) if steps > 1 else Fraction(0)
+        parts.append((begin, {name: (1 - way) * first.get(name, Fraction(0)) + way * last.get(name, Fraction(0)) for name in names}))
+    return parts
+
+
+def _normalised(asked: Mapping[str, Fraction]) -> dict[str, Fraction]:
+    total = sum(asked.values())
+    return {name: weight / total for name, weight in asked.items()}
 
 
 def integers(asked: Mapping[str, Fraction]) -> dict[str, int]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from mixing.where import WhereError, parse
 from stages.check_model import model_notes, model_problems
 from stages.check_sources import source_notes, source_problems
-from stages.plan import Batch, LearningRate, Stage
+from stages.plan import Batch, Change, LearningRate, MicroTokens, MixRamp, Stage
 from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
 from stages.unheeded import unheeded
@@ -24,7 +25,7 @@ def check_plan(read: ReadPlan, root: Path) -> list[Problem]:
     root: the folder that relative paths start from. Looks at names, headers and first rows of what lies there, never at the network.
     """
     problems: list[Problem] = []
-    for check in (_unheeded, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, _patterns, _accuracy):
+    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, _patterns, _accuracy):
         problems += check(read)
     problems += source_problems(read, root)
     problems += model_problems(read, root)
@@ -59,22 +60,60 @@ def _unheeded(read: ReadPlan) -> Iterator[Problem]:
             yield _at_name(read, location, reason)
 
 
+_WORDS_OF_MIX = ("power", "from", "to")
+
+
 def _mixes(read: ReadPlan) -> Iterator[Problem]:
     sources = read.plan.sources
-    if "power" in sources:
-        yield _at_name(read, ("sources", "power"), "'power' is a word of `mix`; give the source another name")
+    for word in _WORDS_OF_MIX:
+        if word in sources:
+            yield _at_name(read, ("sources", word), f"'{word}' is a word of `mix`; give the source another name")
     for index, stage in enumerate(read.plan.stages):
-        location = ("stages", index, "mix")
-        if not isinstance(stage.mix, dict):
-            continue
-        unknown = [name for name in stage.mix if name not in sources]
+        location: Location = ("stages", index, "mix")
+        ends = {"": stage.mix} if not isinstance(stage.mix, MixRamp) else {"from": stage.mix.first, "to": stage.mix.last}
+        for end, mix in ends.items():
+            yield from _mix(read, (*location, end) if end else location, mix)
+        if isinstance(stage.mix, MixRamp):
+            if stage.mix.first == stage.mix.last:
+                yield _at_value(read, location, "from and to are the same mix; write it once")
+            if stage.steps == 1:
+                yield _at_value(read, location, "the stage has one step, in which nothing can change; write one mix")
+        unknown = [name for name, source in sources.items() if source.stream and source.rows is None and not all(isinstance(mix, Mapping) for mix in ends.values())]
         for name in unknown:
-            message = f"no source {quoted(name)} (sources: {listed(sources)}){nearest(name, sources)}"
-            yield Problem(read.name_place(*location, name), written(location), message)
-        if not stage.mix:
-            yield _at_value(read, location, f"names no source (sources: {listed(sources)})")
-        elif not unknown and not any(stage.mix.values()):
-            yield _at_value(read, location, "every share is 0, so nothing would be drawn")
+            yield _at_value(read, location, f"a mix by size needs to know how many rows the stream '{name}' has; give sources.{name}.rows, or shares by name")
+
+
+def _mix(read: ReadPlan, location: Location, mix: object) -> Iterator[Problem]:
+    """What is wrong with shares by name."""
+    if not isinstance(mix, Mapping):
+        return
+    sources = read.plan.sources
+    unknown = [name for name in mix if name not in sources]
+    for name in unknown:
+        message = f"no source {quoted(name)} (sources: {listed(sources)}){nearest(name, sources)}"
+        yield Problem(read.name_place(*location, name), written(location), message)
+    if not mix:
+        yield _at_value(read, location, f"names no source (sources: {listed(sources)})")
+    elif not unknown and not any(mix.values()):
+        yield _at_value(read, location, "every share is 0, so nothing would be drawn")
+
+
+def _takes(read: ReadPlan) -> Iterator[Problem]:
+    """Which rows of its sources the plan asks for."""
+    for name, source in read.plan.sources.items():
+        location: Location = ("sources", name)
+        if source.where is not None:
+            try:
+                parse(source.where)
+            except WhereError as error:
+                yield _at_value(read, (*location, "where"), str(error))
+        if (take := source.take) is None:
+            continue
+        if (take.count is None) == (take.fraction is None):
+            found = "neither is given" if take.count is None else "both are given"
+            yield _at_value(read, (*location, "take"), f"count or fraction says how much is taken, and {found}")
+        if take.by == "stratified" and take.column is None:
+            yield _at_value(read, (*location, "take", "by"), "'stratified' by which column? give take.column")
 
 
 def _stage_names(read: ReadPlan) -> Iterator[Problem]:
@@ -87,11 +126,26 @@ def _stage_names(read: ReadPlan) -> Iterator[Problem]:
 
 def _batches(read: ReadPlan) -> Iterator[Problem]:
     for index, stage in enumerate(read.plan.stages):
-        batch = stage.batch
-        if isinstance(batch, Batch) and batch.micro is not None and batch.images % batch.micro:
+        if not isinstance(stage.batch, Batch):
+            continue
+        batch, location = stage.batch, ("stages", index, "batch")
+        if (batch.images is None) == (batch.tokens is None):
+            found = "neither is given" if batch.images is None else "both are given"
+            yield _at_value(read, location, f"images or tokens says what a step holds, and {found}")
+            continue
+        if isinstance(batch.images, int) and isinstance(batch.micro, int) and batch.images % batch.micro:
             near = [size for size in range(1, min(batch.micro, 1024) + 1) if batch.images % size == 0][-3:]
             message = f"{batch.micro} does not divide images: {batch.images}; try {' or '.join(map(str, near))}"
-            yield _at_value(read, ("stages", index, "batch", "micro"), message)
+            yield _at_value(read, (*location, "micro"), message)
+        if isinstance(batch.micro, MicroTokens) and batch.tokens is not None:
+            least = min(batch.tokens.first, batch.tokens.last) if isinstance(batch.tokens, Change) else batch.tokens
+            if batch.micro.tokens > least:
+                yield _at_value(read, (*location, "micro", "tokens"), f"{batch.micro.tokens:,} tokens are more than a step has, {least:,}")
+        for unit in ("images", "tokens"):
+            asked = getattr(batch, unit)
+            if isinstance(asked, Change) and (stage.steps == 1 or asked.first == asked.last):
+                why = "the stage has one step" if stage.steps == 1 else "it stays the same"
+                yield _at_value(read, (*location, unit), f"from {asked.first:,} to {asked.last:,}, and {why}; write one number")
 
 
 def _rates(read: ReadPlan) -> Iterator[Problem]:
@@ -185,6 +239,6 @@ def _accuracy(read: ReadPlan) -> Iterator[Problem]:
 
 def _never_drawn(read: ReadPlan) -> Iterator[Problem]:
     for name in read.plan.sources:
-        mixes = [stage.mix for stage in read.plan.stages]
+        mixes = [mix for stage in read.plan.stages for mix in ((stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,))]
         if all(isinstance(mix, Mapping) and not mix.get(name) for mix in mixes):
             yield _at_name(read, ("sources", name), "no stage draws from this source")

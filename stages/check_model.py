@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from stages.families import FAMILIES
+from stages.families import FAMILIES, FAMILY_TASKS
 from stages.paths import missing, place_of, read_json
 from stages.plan import Model
 from stages.problems import Location, Problem, nearest, quoted, written
@@ -26,6 +26,8 @@ class ModelFolder:
     pixel_multiple: int
     """Sides of images in pixels are multiples of this."""
     takes_guidance: bool
+    text_tokens: int
+    """Tokens of a prompt, padding included."""
 
 
 class UnsuitableModel(ValueError):
@@ -54,11 +56,19 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
         message = "this model's transformer takes no guidance (guidance_embeds is false); remove it"
         yield Problem(read.name_place("model", "guidance"), "model.guidance", message)
     for index, stage in enumerate(read.plan.stages):
-        if stage.resolution % model.pixel_multiple:
-            below = stage.resolution // model.pixel_multiple * model.pixel_multiple
-            near = [str(size) for size in (below, below + model.pixel_multiple) if size]
-            message = f"{stage.resolution} is not a multiple of {model.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
-            yield Problem(read.place("stages", index, "resolution"), f"stages[{index}].resolution", message)
+        sides: dict[Location, int] = {("resolution",): stage.resolution} if isinstance(stage.resolution, int) else {}
+        if isinstance(stage.resolution, list):
+            sides |= {("resolution", number, "pixels"): level.pixels for number, level in enumerate(stage.resolution)}
+        for location, side in sides.items():
+            if side % model.pixel_multiple:
+                below = side // model.pixel_multiple * model.pixel_multiple
+                near = [str(size) for size in (below, below + model.pixel_multiple) if size]
+                message = f"{side} is not a multiple of {model.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
+                yield Problem(read.place("stages", index, *location), written(("stages", index, *location)), message)
+    for name, source in read.plan.sources.items():
+        if source.task not in FAMILY_TASKS[model.family]:
+            message = f"{model.family} cannot train task '{source.task}' (it can: {', '.join(FAMILY_TASKS[model.family])}); remove source '{name}' or choose another model"
+            yield Problem(read.place("sources", name, "task"), f"sources.{name}.task", message)
 
 
 def model_notes(read: ReadPlan, root: Path) -> Iterator[Problem]:
@@ -76,11 +86,11 @@ def read_folder(folder: str) -> ModelFolder:
     if pipeline not in FAMILIES:
         raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[pipeline]
-    multiple, takes_guidance = _FAMILY_FACTS[family](folder, index)
-    return ModelFolder(pipeline, family, multiple, takes_guidance)
+    multiple, takes_guidance, text_tokens = _FAMILY_FACTS[family](folder, index)
+    return ModelFolder(pipeline, family, multiple, takes_guidance, text_tokens)
 
 
-def _flux(folder: str, index: Mapping[str, object]) -> tuple[int, bool]:
+def _flux(folder: str, index: Mapping[str, object]) -> tuple[int, bool, int]:
     """A token is 2 x 2 latents; a latent is as many pixels wide as the VAE halves its input, to the power of 2."""
     transformer = _config(folder, "transformer/config.json", "so there is nothing to train")
     vae = index.get("vae")
@@ -90,11 +100,12 @@ def _flux(folder: str, index: Mapping[str, object]) -> tuple[int, bool]:
         if not isinstance(channels, list) or not channels:
             raise UnsuitableModel("has no list block_out_channels in vae/config.json")
         halvings = len(channels) - 1
-    return 2 * 2**halvings, bool(transformer.get("guidance_embeds"))
+    length = _config(folder, "tokenizer_2/tokenizer_config.json", "so it cannot read prompts").get("model_max_length", 512)
+    return 2 * 2**halvings, bool(transformer.get("guidance_embeds")), min(512, int(length)) if isinstance(length, int | float) else 512
 
 
-_FAMILY_FACTS: Mapping[str, Callable[[str, Mapping[str, object]], tuple[int, bool]]] = MappingProxyType({"flux": _flux})
-"""Family to what gives a folder's pixel multiple and whether its transformer takes guidance."""
+_FAMILY_FACTS: Mapping[str, Callable[[str, Mapping[str, object]], tuple[int, bool, int]]] = MappingProxyType({"flux": _flux})
+"""Family to what gives a folder's pixel multiple, whether its transformer takes guidance, and the tokens of a prompt."""
 
 
 def _config(folder: str, name: str, otherwise: str) -> Mapping[str, object]:

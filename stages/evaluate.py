@@ -19,9 +19,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from mixing.bad_rows import BadRow
+from mixing.buckets import Shapes
 from mixing.keys import key
-from mixing.mixture import MicroBatch, Selection, read_rows
+from mixing.mixture import MicroBatch, read_rows
+from mixing.reading import Latents
+from mixing.selected import Selection
 from stages.checkpoint import write_whole
+from stages.encode import encode, kept_latents
 from stages.families.base import Family
 from stages.objectives import flow
 from stages.precision import StagePrecision
@@ -84,10 +88,10 @@ class Chunk:
     strata: tuple[int, ...]
 
 
-def chunks(selections: Mapping[str, Selection], resolution: int, mine: Callable[[int], bool], unreadable: Callable[[BadRow], None]) -> Iterator[Chunk]:
+def chunks(selections: Mapping[str, Selection], shapes: Shapes, mine: Callable[[int], bool], unreadable: Callable[[BadRow], None], latents: Latents | None = None) -> Iterator[Chunk]:
     """The held-out rows in fixed chunks; chunk number n is read only where mine(n) says so, so that processes can share them.
 
-    unreadable: is told of each row that cannot be decoded; it is left out.
+    unreadable: is told of each row that cannot be decoded; it is left out. latents: those that were made before.
     """
     number = 0
     for name, selection in selections.items():
@@ -98,7 +102,7 @@ def chunks(selections: Mapping[str, Selection], resolution: int, mine: Callable[
                 if mine(number):
                     part = rows[first : first + _ROWS_AT_ONCE]
                     strata = {selection.source.key(row): (first + place) % STRATA for place, row in enumerate(part)}
-                    batches, bad = read_rows(selection.source, part, resolution)
+                    batches, bad = read_rows(selection, part, shapes, latents)
                     for bad_row in bad:
                         unreadable(bad_row)
                     for batch in batches:
@@ -112,7 +116,7 @@ def evaluate(
     transformer: nn.Module,
     selections: Mapping[str, Selection],
     *,
-    resolution: int,
+    shapes: Shapes,
     precision: StagePrecision,
     seed: int,
     accelerator: Accelerator,
@@ -123,9 +127,9 @@ def evaluate(
     unreadable: is told of each of this process's rows that cannot be decoded; they are left out.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
-    density = flow.Density("logit_normal", 0.0, 1.0, family.shift(family.tokens(resolution, resolution)))
     rows: list[tuple[str, str, float, int]] = []
-    for chunk in chunks(selections, resolution, lambda number: number % processes == rank, unreadable):
+    for chunk in chunks(selections, shapes, lambda number: number % processes == rank, unreadable, kept_latents(family)):
+        density = flow.Density("logit_normal", 0.0, 1.0, family.shift(family.tokens(*chunk.batch.targets.size)))
         middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
         row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
         rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)
@@ -139,11 +143,11 @@ def evaluate(
 
 def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: torch.Tensor, precision: StagePrecision, seed: int) -> torch.Tensor:
     """The loss of each row of a micro-batch at the given t, with noise keyed by (seed, source, row)."""
-    x = family.encode_images(batch.targets)
+    x = encode(family, batch.targets)
     e = flow.noise(x.shape[1:], [key(seed, "evaluate", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)
     t = family.seen_timestep(t.to(x.device), precision.dtype)
     text = family.encode_prompts(batch.prompts)
-    references = [family.encode_images(reference) for reference in batch.references]
+    references = [encode(family, reference) for reference in batch.references]
     with precision.autocast():
         predicted = family.predict(transformer, flow.blend(x, e, t), t, text, references)
     return flow.losses(predicted, x, e)

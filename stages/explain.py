@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mixing.order import Quota
-from mixing.shares import integers, shares, weights
-from stages.plan import LearningRate, Plan, Stage, Storage, resolved_batch, resolved_rate, resolved_storage
+from mixing.buckets import Signature
+from mixing.mixture import StageMixture
+from mixing.selected import Selection
+from stages.feed import Sizes, stage_mixture
+from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage, resolution_words, resolved_rate, resolved_storage, step_words
 from stages.problems import PlanError
 
 MANY_EPOCHS = 20
@@ -35,32 +37,47 @@ class ModelFacts:
     """Of the transformer's weights, by what they are stored in."""
     trainable: tuple[int, ...]
     """Parameters that train, stage by stage."""
-    tokens: tuple[int, ...]
-    """Tokens of a target image, stage by stage."""
+    sizes: Sizes
+    """What it makes of an image's size."""
 
 
-def explain(plan: Plan, sizes: Mapping[str, int], model: ModelFacts | None, console: Console) -> None:
+_UNKNOWN = Sizes(16, 0)  # of a model whose configs cannot be had: most ask for multiples of 16 pixels
+
+
+def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts | None, console: Console) -> None:
     """Print what the plan will do: each stage, and what each source gives in all.
 
-    sizes: rows of each source that are trained on, after `take` and without those held out. model: None if nothing is known of it.
-    Raises ValueError if a stage draws from a source without rows.
+    model: None if nothing is known of it. Raises ValueError if a stage draws from a source without rows, or if an image has more tokens than a
+    micro-batch or a step may have.
     """
     repo = plan.model if isinstance(plan.model, str) else plan.model.repo
     known = f" ({model.family}, {_short(model.parameters)} parameters)" if model else ""
     stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
     _say(console, Text.assemble((plan.name, "bold"), f": {repo}{known}, {stages}, seed {plan.seed}"))
     total: Counter[str] = Counter()
+    tokens = 0
+    drawn: dict[tuple[str, str], int] = {}
     for index, stage in enumerate(plan.stages):
-        images = _images(stage, sizes)
+        mixture = stage_mixture(stage, selections, model.sizes if model else _UNKNOWN, seed=plan.seed, drawn_before=drawn)
+        drawn |= mixture.order.drawn_after(stage.steps)
+        images = Counter(dict.fromkeys(mixture.asked, 0))
+        for cell, count in zip(mixture.order.cells, mixture.order.counts(np.asarray(stage.steps)).tolist(), strict=True):
+            images[cell.source] += count
         total.update(images)
+        tokens += mixture.tokens_before(stage.steps)
         console.print()
         _say(console, Text(f"{index + 1}  {stage.name}", style="bold"))
-        _say(console, Padding(_facts(index, stage, model), (0, 0, 0, 3)))
-        _say(console, Padding(_mix(stage, images, sizes), (0, 0, 0, 3)))
+        _say(console, Padding(_facts(index, stage, mixture, model), (0, 0, 0, 3)))
+        _say(console, Padding(_mix(stage, mixture, images), (0, 0, 0, 3)))
+        _say(console, Padding(_buckets(stage, mixture), (0, 0, 0, 3)))
+        for warning in _about_steps(stage, mixture):
+            _say(console, Padding(Text(warning, style="yellow"), (0, 0, 0, 3)))
     console.print()
     _say(console, Text("In all", style="bold"))
-    _say(console, Padding(_totals(plan, model, total, sizes), (0, 0, 0, 3)))
-    for warning in _warnings(plan, total, sizes):
+    _say(console, Padding(_totals(plan, tokens if model else None, total, selections), (0, 0, 0, 3)))
+    for name, selection in selections.items():
+        _say(console, _refused(name, selection))
+    for warning in _warnings(plan, total, selections):
         _say(console, Text(warning, style="yellow"))
 
 
@@ -69,12 +86,12 @@ def explain_run(plan: Plan, console: Console) -> None:
 
     A Hub model whose configs cannot be had is explained without tokens and memory.
     """
-    from stages.model_facts import model_facts  # imports torch, and so does the next
-    from stages.run import open_selections
+    from stages.model_facts import model_facts  # imports diffusers
+    from stages.open_sources import open_selections
 
-    sizes = {name: selection.size for name, selection in open_selections(plan, Path.cwd()).items()}
+    selections = open_selections(plan, Path.cwd())
     try:
-        explain(plan, sizes, model_facts(plan), console)
+        explain(plan, selections, model_facts(plan), console)
     except ValueError as error:
         raise PlanError.at("", str(error)) from None
 
@@ -83,26 +100,18 @@ def _say(console: Console, what: Text | Padding) -> None:
     console.print(what, width=min(_WIDEST, console.width))
 
 
-def _images(stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many images each source gives, rounded to add up; the order keeps within a micro-batch of it."""
-    whole = integers(weights(stage.mix, sizes))
-    counts = Quota(list(whole.values())).counts(np.asarray(stage.steps * resolved_batch(stage).images))
-    return dict(zip(whole, counts.tolist(), strict=True))
-
-
-def _facts(index: int, stage: Stage, model: ModelFacts | None) -> Table:
-    batch, storage = resolved_batch(stage), resolved_storage(stage)
-    assert batch.micro is not None
+def _facts(index: int, stage: Stage, mixture: StageMixture, model: ModelFacts | None) -> Table:
+    storage, order = resolved_storage(stage), mixture.order
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    images = stage.steps * batch.images
-    micro = batch.images // batch.micro
-    made_of = f"one micro-batch of {batch.micro}" if micro == 1 else f"{micro:,} micro-batches of {batch.micro}"
-    rows = {"steps": f"{stage.steps:,}, each of {_counted(batch.images)} in {made_of}: {_counted(images)}"}
-    seen = f"{stage.resolution} x {stage.resolution} pixels"
+    images = mixture.images_before(stage.steps)
+    made_of = f"micro-batches of {_between(sorted({cell.micro for cell in order.cells}))}"
+    rows = {"steps": f"{stage.steps:,}, each of {step_words(stage)} in {made_of}: {_counted(images)}"}
+    seen = f"at {resolution_words(stage)} pixels"
     if model:
-        seen += f", {model.tokens[index]:,} tokens each: {_short(images * model.tokens[index])} target tokens"
+        tokens = sorted({cell.tokens for cell in order.cells})
+        seen += f", {_between(tokens)} tokens each with references and prompt: {_short(mixture.tokens_before(stage.steps))} tokens"
     rows["images"] = seen
     rows["trains"] = _trains(stage, model.trainable[index] if model else None)
     rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
@@ -113,6 +122,11 @@ def _facts(index: int, stage: Stage, model: ModelFacts | None) -> Table:
     for name, fact in rows.items():
         facts.add_row(name, Text(fact))  # a Text, so that the brackets of a pattern are no markup
     return facts
+
+
+def _between(numbers: Sequence[int]) -> str:
+    """4, or 256 to 1,024."""
+    return f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
 
 
 def _counted(images: int) -> str:
@@ -146,24 +160,72 @@ def _rate(rate: LearningRate, steps: int) -> str:
     return f"{start}, then {way} to {_scientific(rate.floor or 0.0)} at step {steps - 1:,}"
 
 
-def _mix(stage: Stage, images: Mapping[str, int], sizes: Mapping[str, int]) -> Table:
+def _mix(stage: Stage, mixture: StageMixture, images: Mapping[str, int]) -> Table:
     if isinstance(stage.mix, str):
         heading = "natural: by size"
     elif isinstance(stage.mix, Mapping):
         heading = "shares as given"
+    elif isinstance(stage.mix, MixRamp):
+        heading = "changing over the stage"
     else:
         heading = f"by size to the power {stage.mix.power:g}"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(f"mix ({heading})", overflow="fold", max_width=48)
-    for name in ("asked", "images", "rows", "epochs"):
+    changes = isinstance(stage.mix, MixRamp)
+    for name in (*(("first step", "last step") if changes else ()), "asked", "images", "rows", "epochs"):
         table.add_column(name, justify="right", no_wrap=True)
-    asked = shares(stage.mix, sizes)
+    ends = [mixture.order.asked_at(step) for step in ((0, stage.steps - 1) if changes else ())]
     for name, count in images.items():
-        table.add_row(Text(name), f"{asked[name]:.2%}", f"{count:,}", f"{sizes[name]:,}", _epochs(count, sizes[name]))
+        selection = mixture.selections[name]
+        rows = ["a stream", ""] if selection.stream else [f"{selection.size:,}", _epochs(count, selection.size)]
+        table.add_row(Text(name), *(f"{end[name]:.2%}" for end in ends), f"{mixture.asked[name]:.2%}", f"{count:,}", *rows)
     return table
 
 
-def _totals(plan: Plan, model: ModelFacts | None, total: Mapping[str, int], sizes: Mapping[str, int]) -> Table:
+_MOST_BUCKETS = 24  # lines; the others are added up
+
+
+def _buckets(stage: Stage, mixture: StageMixture) -> Table | Text:
+    """Shape of target and references, with what each source has in it; nothing where there is one shape."""
+    counted: dict[tuple[int, Signature], Counter[str]] = {}
+    for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True):
+        counted.setdefault((cell.level, signature), Counter())[cell.source] += cell.rows
+    if len(counted) == 1:
+        return Text(f"every image is {next(iter(counted))[1]} pixels", style="dim")
+    tokens = {(cell.level, signature): cell.tokens for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True)}
+    names = list(mixture.asked)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("bucket: width x height + references", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    for name in names:
+        table.add_column(Text(name, overflow="fold"), justify="right")
+    ranked = sorted(counted, key=lambda bucket: (bucket[0], -counted[bucket].total()))
+    shown = ranked if len(ranked) <= _MOST_BUCKETS else sorted(ranked, key=lambda bucket: -counted[bucket].total())[: _MOST_BUCKETS - 1]
+    for bucket in (each for each in ranked if each in shown):
+        table.add_row(str(bucket[1]), f"{tokens[bucket]:,}", *(_rows(mixture, name, counted[bucket][name]) for name in names))
+    if others := [bucket for bucket in ranked if bucket not in shown]:
+        table.add_row(f"and {len(others)} others", "", *(_rows(mixture, name, sum(counted[bucket][name] for bucket in others)) for name in names))
+    return table
+
+
+def _rows(mixture: StageMixture, name: str, count: int) -> str:
+    if not count:
+        return ""
+    return "all" if mixture.selections[name].stream else f"{count:,}"
+
+
+def _about_steps(stage: Stage, mixture: StageMixture) -> Iterator[str]:
+    """What a stage's steps cannot hold to."""
+    budget = mixture.budget
+    largest, least = max(cell.tokens for cell in mixture.order.cells), min(budget.first, budget.last)
+    if budget.unit == "tokens" and largest > 0.05 * least:
+        yield (
+            f"an image has up to {largest:,} tokens, {largest / least:.0%} of a step: its tokens stay within that of what was asked, and not always within 5 %; "
+            f"{20 * largest:,} tokens a step would be enough"
+        )
+
+
+def _totals(plan: Plan, tokens: int | None, total: Mapping[str, int], selections: Mapping[str, Selection]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_footer=True, footer_style="bold")
     steps = sum(stage.steps for stage in plan.stages)
     images = sum(total.values())
@@ -173,23 +235,30 @@ def _totals(plan: Plan, model: ModelFacts | None, total: Mapping[str, int], size
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("epochs", justify="right", no_wrap=True)
     for name, source in plan.sources.items():
-        count = total.get(name, 0)
-        many = "yellow" if count > MANY_EPOCHS * sizes[name] else ""
-        table.add_row(Text(name), source.task, f"{count:,}", f"{sizes[name]:,}", Text(_epochs(count, sizes[name]), style=many))
-    if model:
-        tokens = sum(
-            stage.steps * resolved_batch(stage).images * each for stage, each in zip(plan.stages, model.tokens, strict=True)
-        )
-        table.columns[0].footer = f"sum, {_short(tokens)} target tokens"
+        count, selection = total.get(name, 0), selections[name]
+        many = "yellow" if not selection.stream and count > MANY_EPOCHS * selection.size else ""
+        rows = ["a stream", ""] if selection.stream else [f"{selection.size:,}", Text(_epochs(count, selection.size), style=many)]
+        table.add_row(Text(name), source.task, f"{count:,}", *rows)
+    if tokens is not None:
+        table.columns[0].footer = f"sum, {_short(tokens)} tokens"
     return table
 
 
-def _warnings(plan: Plan, total: Mapping[str, int], sizes: Mapping[str, int]) -> Iterator[str]:
+def _refused(name: str, selection: Selection) -> Text:
+    """The rows of a source that cannot be used, each with its reason; of many the first ten."""
+    bad = selection.source.bad
+    lines = [f"{len(bad):,} rows of source '{name}' are refused:"] + [f"  {row.key}: {row.reason}" for row in bad[:10]]
+    more = [f"  and {len(bad) - 10:,} more"] if len(bad) > 10 else []
+    return Text("\n".join([*lines, *more]) if bad else f"no row of source '{name}' is refused", style="yellow" if bad else "dim")
+
+
+def _warnings(plan: Plan, total: Mapping[str, int], selections: Mapping[str, Selection]) -> Iterator[str]:
     for name in plan.sources:
+        size = selections[name].size
         if not total.get(name):
             yield f"no stage draws from source '{name}'"
-        elif total[name] > MANY_EPOCHS * sizes[name]:
-            epochs = _epochs(total[name], sizes[name])
+        elif not selections[name].stream and total[name] > MANY_EPOCHS * size:
+            epochs = _epochs(total[name], size)
             yield (
                 f"each row of source '{name}' will be seen {epochs} times; a smaller share, fewer steps or more rows "
                 "guard against learning them by heart"

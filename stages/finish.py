@@ -44,7 +44,7 @@ def finish(run: Run) -> None:
             partial.rename(model_folder)
             run.log.say(f"the trained model is in {model_folder}")
         if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
-            batches = probe_batches(run.selections, stage.resolution)
+            batches = probe_batches(run.selections, run.shapes(stage))
             storage = resolved_storage(stage)
             precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
             weights = run.baton.adapter

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixing.mixture import Selection
+from mixing.selected import Selection
 from stages.checkpoint import Checkpoint
 from stages.plan import Plan, Stage
 from stages.reader import PlanError, resolved

@@ -15,10 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mixing.buckets import Shapes
 from mixing.keys import key
-from mixing.mixture import MicroBatch, Selection, read_rows
+from mixing.mixture import MicroBatch, read_rows
+from mixing.selected import Selection
 from stages.adapter import add_adapter, choose_trainable, load_adapter_weights, without_input_casts
 from stages.checkpoint import Checkpoint, newest_checkpoint
+from stages.encode import encode
 from stages.families.base import Family
 from stages.objectives import flow
 from stages.plan import Plan, Stage, resolved_storage
@@ -104,23 +107,26 @@ def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Bat
     return model, trainable
 
 
-def probe_batches(selections: Mapping[str, Selection], resolution: int, names: Collection[str] | None = None) -> dict[str, MicroBatch]:
-    """Fixed inputs by a name that says which rows they are: the first rows, held out where there are any, of a source and signature.
+def probe_batches(selections: Mapping[str, Selection], shapes: Shapes, names: Collection[str] | None = None) -> dict[str, MicroBatch]:
+    """Fixed inputs by a name that says which rows they are: the first rows, held out where there are any, of a source with some number of references.
 
-    names: those to read again; left out, one for each signature, of the first source that has it. Rows that are gone are left out.
+    names: those to read again; left out, one for each number of references, of the first source that has it. Rows that are gone are left out, and so
+    are streams without held-out rows.
     """
     batches: dict[str, MicroBatch] = {}
-    seen: set[str] = set()
+    seen: set[int] = set()
     for source_name, selection in selections.items():
         source = selection.source
-        for signature, training in selection.training.items():
-            held_out = [row for row in selection.held_out.tolist() if f"{source.num_references[row]} references" == signature]
-            rows = (held_out or training.tolist())[:_PROBED_ROWS]
-            name = f"{signature} of {source_name} {key(*(source.key(row) for row in rows)):016x}"
-            if name in names if names is not None else signature not in seen:
-                found, _ = read_rows(source, rows, resolution)
+        for number in sorted({len(row_class.references) for row_class in selection.training}):
+            rows = [row for row in selection.held_out.tolist() if source.num_references[row] == number]
+            if not rows and selection.stream is None:
+                rows = list(next(training for row_class, training in selection.training.items() if len(row_class.references) == number)[:_PROBED_ROWS])
+            rows = [int(row) for row in rows[:_PROBED_ROWS]]
+            name = f"{number} references of {source_name} {key(*(source.key(row) for row in rows)):016x}"
+            if rows and (name in names if names is not None else number not in seen):
+                found, _ = read_rows(selection, rows, shapes)
                 if found:
-                    seen.add(signature)
+                    seen.add(number)
                     batches[name] = found[0]
     return batches
 
@@ -130,9 +136,9 @@ def probe(family: Family, transformer: nn.Module, batches: Mapping[str, MicroBat
     """What the model predicts on fixed inputs at t = 0.1, 0.5 and 0.9: `NAME t` to float32 [B, C, h, w] on the CPU."""
     outputs = {}
     for name, batch in batches.items():
-        x = family.encode_images(batch.targets)
+        x = encode(family, batch.targets)
         e = flow.noise(x.shape[1:], [key(seed, "probe", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)
-        text, references = family.encode_prompts(batch.prompts), [family.encode_images(reference) for reference in batch.references]
+        text, references = family.encode_prompts(batch.prompts), [encode(family, reference) for reference in batch.references]
         for value in _PROBED_T:
             t = torch.full((x.shape[0],), value, device=x.device)
             with precision.autocast():

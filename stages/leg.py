@@ -6,10 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object, reduce
@@ -26,13 +26,16 @@ from stages.handoff import probe, probe_batches
 from stages.ledger import ledger_entry
 from stages.objectives.flow import Density
 from stages.optim import Average, optimizer_state
-from stages.plan import Stage, resolved_storage
+from stages.plan import Stage, main_resolution, resolved_batch, resolved_levels, resolved_storage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
 from stages.report import write_report
 from stages.run import Run
 from stages.sampling import previews, sheet
+
+if TYPE_CHECKING:
+    from stages.open_lanes import Lanes
 
 _MOST_BAD = 0.01
 
@@ -48,6 +51,7 @@ class Window:
     began: float
     waited: float = 0.0
     steps: int = 0
+    tokens: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
 
@@ -60,8 +64,9 @@ class Leg:
     index: int
     stage: Stage
     mixture: StageMixture
+    lanes: Lanes
+    """The streams that this process reads."""
     precision: StagePrecision
-    density: Density
     model: nn.Module
     wrapped: nn.Module
     """The model as accelerate prepared it: inside DDP where there are several processes."""
@@ -74,6 +79,10 @@ class Leg:
     """Steps made."""
     images: dict[str, int]
     """Images of each source counted on this process; on the main one, with those from before a restart."""
+    tokens: dict[str, int]
+    """The same of tokens, those of references among them and those of prompts not."""
+    levels: list[int]
+    """The same of images at each resolution."""
     bad: dict[str, dict[str, str]]
     """Rows that turned out unreadable: source to key to reason."""
     seconds_before: float
@@ -84,8 +93,8 @@ class Leg:
     first_step: int
     multiplied: str | None = None
     """What the first micro-batch was multiplied in; None until it was measured."""
-    rows: list[tuple[int, str, str]] = field(default_factory=list)
-    """Micro-batch, source and key of the images of the step under way."""
+    rows: list[tuple[int, int, str, str]] = field(default_factory=list)
+    """Position, micro-batch, source and key of the images of the step under way."""
     named_rows: set[tuple[str, str]] = field(default_factory=set)
     """Unreadable rows that were warned of."""
 
@@ -95,6 +104,12 @@ class Leg:
         began = time.monotonic()
         yield
         self.window.waited += time.monotonic() - began
+
+    def density(self, batch: MicroBatch) -> Density:
+        """Which t a micro-batch is trained at: the shift goes with its targets' tokens."""
+        asked = self.stage.timesteps
+        shift = self.run.family.shift(self.run.family.tokens(*batch.targets.size)) if asked.shift == "auto" else 1.0 if asked.shift == "none" else asked.shift
+        return Density(asked.density, asked.mean, asked.std, shift)
 
     def noise_keys(self, batch: MicroBatch) -> list[int]:
         """What each image's noise is derived from."""
@@ -113,12 +128,16 @@ class Leg:
 
     def count(self, batch: MicroBatch, losses: Tensor) -> None:
         """Count what a micro-batch brought. losses: of each image, float32 [B]."""
+        tokens = batch.tokens - self.run.sizes.text_tokens
+        self.levels[batch.level] += len(batch.sources)
+        self.window.tokens += batch.tokens * len(batch.sources)
         for place, source in enumerate(batch.sources):
             self.images[source] = self.images.get(source, 0) + 1
+            self.tokens[source] = self.tokens.get(source, 0) + tokens
             self.window.images[source] = self.window.images.get(source, 0) + 1
             self.window.losses[source] = self.window.losses.get(source, losses.new_zeros(())) + losses[place]
-        self.rows += [(batch.micro, source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]
-        for row in batch.bad:
+        self.rows += [(position, batch.micro, source, row) for position, source, row in zip(batch.positions, batch.sources, batch.keys, strict=True)]
+        for row in (*batch.bad, *self.lanes.take_bad()):
             self.note_bad(row)
 
     def note_bad(self, row: BadRow) -> None:
@@ -135,7 +154,7 @@ class Leg:
         if self.run.tracing:
             rows = gather_object(self.rows) if self.run.accelerator.num_processes > 1 else self.rows
             if self.run.trace:
-                self.run.trace.write(self.stage.name, self.step - 1, sorted(rows, key=lambda row: row[0]))
+                self.run.trace.write(self.stage.name, self.step - 1, [row[1:] for row in sorted(rows)])
         self.rows = []
 
     def log_step(self, learning_rate: float, norm: Tensor) -> None:
@@ -146,6 +165,7 @@ class Leg:
         counts = torch.tensor([[self.window.images.get(name, 0), self.images.get(name, 0)] for name in names], dtype=torch.float64, device=device)
         numbers = reduce(torch.cat([sums[:, None], counts], dim=1), reduction="sum").tolist() if run.accelerator.num_processes > 1 else torch.cat([sums[:, None], counts], dim=1).tolist()
         total, images = sum(row[0] for row in numbers), sum(row[1] for row in numbers)
+        tokens = float(self.summed([self.window.tokens])[0])
         if not math.isfinite(total):
             raise TrainingError(f"stage '{self.stage.name}': the loss is {total} since a step at or before {self.step}; the last checkpoint stands. Lower the rate, or choose another precision")
         seconds = time.monotonic() - self.window.began
@@ -156,7 +176,10 @@ class Leg:
             "loss": total / images,
             "lr": learning_rate,
             "grad_norm": float(norm),
+            "images": images / self.window.steps,
+            "tokens": tokens / self.window.steps,
             "images_per_second": images / seconds,
+            "tokens_per_second": tokens / seconds,
             "data_wait": self.window.waited / seconds,
             "multiplied_in": self.multiplied,
             "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
@@ -174,8 +197,19 @@ class Leg:
             f"[bold]{self.stage.name}[/bold] {self.step:>{len(str(self.stage.steps))}}/{self.stage.steps}  loss {record['loss']:.4f}  lr {learning_rate:.2e}  "
             f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
         )
+        if run.cache:
+            for message in run.cache.take_warnings():
+                run.log.warn(message, self.stage.name, self.step)
+        for message in self.lanes.take_waits():
+            run.log.write({"event": "warning", "stage": self.stage.name, "step": self.step, "message": message})
         self.window = Window(time.monotonic())
         self.check_rows()
+
+    def summed(self, counts: Sequence[int]) -> list[int]:
+        """Counts added up over the processes; every process must ask."""
+        own = torch.tensor(counts, dtype=torch.int64, device=self.run.accelerator.device)
+        both = reduce(own, reduction="sum") if self.run.accelerator.num_processes > 1 else own
+        return [int(count) for count in both.tolist()]
 
     def check_rows(self) -> None:
         """Share among the processes which rows could not be read. Raises PlanError if a source has more of them than its plan lets pass."""
@@ -213,7 +247,7 @@ class Leg:
                 run.family,
                 self.model,
                 run.selections,
-                resolution=self.stage.resolution,
+                shapes=run.shapes(self.stage),
                 precision=self.precision,
                 seed=run.plan.seed,
                 accelerator=run.accelerator,
@@ -238,18 +272,22 @@ class Leg:
         """Write a checkpoint of everything that resuming needs; every process takes part, the main one writes."""
         run, stage = self.run, self.stage
         names = list(self.mixture.asked)
-        counted = torch.tensor([self.images.get(name, 0) for name in names], dtype=torch.int64, device=run.accelerator.device)
-        counted = reduce(counted, reduction="sum") if run.accelerator.num_processes > 1 else counted
+        counted = self.summed([*(self.images.get(name, 0) for name in names), *(self.tokens.get(name, 0) for name in names), *self.levels])
+        lanes = self.lanes.states(self.mixture, self.step)
+        if run.accelerator.num_processes > 1 and self.lanes.readers:
+            lanes = {name: {lane: state for own in gather_object([lanes]) for lane, state in own[name].items()} for name in lanes}
+        if run.cache:
+            run.cache.flush()
         self.check_rows()
         if run.accelerator.is_main_process:
-            images = dict(zip(names, (int(count) for count in counted.tolist()), strict=True))
+            images, tokens = (dict(zip(names, counted[first : first + len(names)], strict=True)) for first in (0, len(names)))
+            levels = counted[2 * len(names) :]
             folder = run.stage_folder(self.index)
             place = step_folder(folder, self.step)
-            tokens = run.family.tokens(stage.resolution, stage.resolution)
-            entry = ledger_entry(self.mixture, stage.name, self.step, images, tokens, {name: len(rows) for name, rows in self.bad.items()})
+            entry = ledger_entry(self.mixture, stage.name, self.step, images, tokens, levels, {name: len(rows) for name, rows in self.bad.items()})
             run.log.write({"event": "save", "stage": stage.name, "step": self.step, "folder": str(place.relative_to(run.folder))})
             drawn: dict[str, dict[str, int]] = {}
-            for (source, signature), count in {**run.drawn_before(), **self.mixture.drawn_after(self.step)}.items():
+            for (source, signature), count in {**run.drawn_before(), **self.mixture.order.drawn_after(self.step)}.items():
                 drawn.setdefault(source, {})[signature] = count
             base = run.baton.base
             state = {
@@ -261,6 +299,9 @@ class Leg:
                 "scaler": self.precision.scaler.state_dict(),
                 "ema_updates": self.average.updates if self.average else None,
                 "images": images,
+                "tokens": tokens,
+                "levels": levels,
+                "lanes": {**self.lanes.others, **lanes},
                 "bad": self.bad,
                 "drawn": drawn,
                 "ledger": entry,
@@ -287,6 +328,7 @@ class Leg:
         """The stage's last duties: evaluate, sample, save, report, and let go of the model. Returns the last checkpoint."""
         run, stage, plan = self.run, self.stage, self.run.plan
         run.log.end_bar()
+        self.lanes.close()
         self.evaluate("end")
         with self.averaged():
             if plan.previews.rows:
@@ -296,7 +338,7 @@ class Leg:
                     run.selections,
                     rows=plan.previews.rows,
                     steps=plan.previews.steps,
-                    resolution=stage.resolution,
+                    shapes=run.shapes(stage),
                     precision=self.precision,
                     seed=plan.seed,
                     accelerator=run.accelerator,
@@ -315,7 +357,7 @@ class Leg:
                 f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
                 f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
             )
-        probed = probe(run.family, self.model, probe_batches(run.selections, stage.resolution), self.precision, plan.seed)
+        probed = probe(run.family, self.model, probe_batches(run.selections, run.shapes(stage)), self.precision, plan.seed)
         run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3)})
         self.save(finished=True, probed=probed)
         if run.accelerator.is_main_process:
@@ -327,20 +369,21 @@ class Leg:
 
 def stage_event(leg: Leg) -> dict[str, Any]:
     """What metrics.jsonl says of a stage at its start and end."""
-    stage, order = leg.stage, leg.mixture.order
+    stage = leg.stage
     return {
         "event": "stage",
         "index": leg.index,
         "stage": stage.name,
         "steps": stage.steps,
-        "images": order.images,
-        "micro": order.micro,
-        "resolution": stage.resolution,
+        "images": leg.mixture.images_before(stage.steps) / stage.steps,
+        "batch": resolved_batch(stage).model_dump(mode="json", exclude_none=True),
+        "resolution": main_resolution(stage),
+        "levels": [level.model_dump() for level in resolved_levels(stage)],
         "precision": stage.precision,
         "base": resolved_storage(stage),
         "train": stage.train,
         "trainable": sum(parameter.numel() for parameter in leg.trainable.values()),
         "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),
         "mix": leg.mixture.asked,
-        "tokens_per_step": order.images * leg.run.family.tokens(stage.resolution, stage.resolution),
+        "tokens_per_step": leg.mixture.tokens_before(stage.steps) / stage.steps,
     }

@@ -16,6 +16,7 @@ from stages.adapter import add_adapter, choose_trainable
 from stages.check_model import read_folder
 from stages.explain import ModelFacts
 from stages.families.flux import Flux
+from stages.feed import Sizes
 from stages.plan import Model, Plan
 
 _FAMILIES: Mapping[str, tuple[Any, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
@@ -33,7 +34,7 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     folder = settings.repo
     if not os.path.isdir(folder):
         try:
-            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=["model_index.json", "*/config.json"])
+            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=["model_index.json", "*/config.json", "*/tokenizer_config.json"])
         except (OSError, ValueError):  # unreachable, gated, no such model
             return None
     model = read_folder(folder)
@@ -56,7 +57,7 @@ def model_facts(plan: Plan) -> ModelFacts | None:
         parameters=parameters,
         base_bytes={"fp32": 4 * parameters, "bf16": 2 * parameters},
         trainable=tuple(trainable),
-        tokens=tuple((stage.resolution // model.pixel_multiple) ** 2 for stage in plan.stages),
+        sizes=Sizes(model.pixel_multiple, model.text_tokens),
     )
 
 

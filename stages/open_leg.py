@@ -9,15 +9,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mixing.keys import key
-from mixing.mixture import StageMixture
 from stages.adapter import TargetError, load_adapter_weights, lora_layers
 from stages.checkpoint import Checkpoint
+from stages.encode import kept_latents
 from stages.evaluate import Measured
+from stages.feed import stage_mixture
 from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window, stage_event
-from stages.objectives.flow import Density
+from stages.open_lanes import open_lanes
 from stages.optim import Average, load_optimizer_state, make_optimizer
-from stages.plan import Stage, resolved_batch, resolved_rate, resolved_storage
+from stages.plan import Stage, resolution_words, resolved_rate, resolved_storage, step_words
 from stages.precision import StagePrecision
 from stages.reader import PlanError
 from stages.run import Run
@@ -27,25 +28,16 @@ from stages.sampling import JudgeError
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     """Build a stage from what the last one handed on, or from its own newest checkpoint. Raises PlanError where plan, data and model do not fit."""
     device, place = run.accelerator.device, f"stages[{index}]"
-    sizes, checkpoint = resolved_batch(stage), run.checkpoints[index]
-    assert sizes.micro is not None
+    checkpoint = run.checkpoints[index]
     try:
-        mixture = StageMixture(
-            run.selections,
-            mix=stage.mix,
-            seed=run.plan.seed,
-            stage=stage.name,
-            resolution=stage.resolution,
-            images=sizes.images,
-            micro=sizes.micro,
-            drawn_before=run.drawn_before(),
-        )
+        mixture = stage_mixture(stage, run.selections, run.sizes, seed=run.plan.seed, drawn_before=run.drawn_before(), latents=kept_latents(run.family))
+        lanes = open_lanes(run, mixture, checkpoint or run.last)
     except ValueError as error:
-        raise PlanError.at(f"{place}.mix", str(error)) from None
+        raise PlanError.at(place, str(error)) from None
     try:
         began = time.monotonic()
         base, base_outputs, _ = run.base(stage)
-        if not checkpoint and stage.resolution not in {earlier.resolution for earlier in run.plan.stages[:index]}:
+        if not checkpoint and run.shapes(stage) not in {run.shapes(earlier) for earlier in run.plan.stages[:index]}:
             seconds = round(time.monotonic() - began, 3)
             run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
         baton = run.baton
@@ -69,20 +61,13 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     kept: list[str] = []
     if run.last and not checkpoint:
         kept = _keep(run.last, stage, optimizer, trainable, average)
-    shift = stage.timesteps.shift
-    tokens = run.family.tokens(stage.resolution, stage.resolution)
     leg = Leg(
         run=run,
         index=index,
         stage=stage,
         mixture=mixture,
+        lanes=lanes,
         precision=precision,
-        density=Density(
-            stage.timesteps.density,
-            stage.timesteps.mean,
-            stage.timesteps.std,
-            run.family.shift(tokens) if shift == "auto" else 1.0 if shift == "none" else shift,
-        ),
         model=model,
         wrapped=run.accelerator.prepare_model(model),
         trainable=trainable,
@@ -92,6 +77,8 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         step=checkpoint.step if checkpoint else 0,
         first_step=checkpoint.step if checkpoint else 0,
         images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
+        tokens=dict(checkpoint.state["tokens"]) if checkpoint and run.accelerator.is_main_process else {},
+        levels=list(checkpoint.state["levels"]) if checkpoint and run.accelerator.is_main_process else [0] * len(mixture.levels),
         bad={name: dict(rows) for name, rows in checkpoint.state["bad"].items()} if checkpoint else {},
         seconds_before=float(checkpoint.state["seconds"]) if checkpoint else 0.0,
         began=time.monotonic(),
@@ -139,8 +126,8 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) 
     before = run.plan.stages[int(last.state["index"])]
     cause = cause_of_change(before, leg.stage)
     old = last.tensors("probe")
-    outputs = probe(run.family, leg.model, probe_batches(run.selections, before.resolution, probed_names(old)), leg.precision, run.plan.seed)
-    base = run.base(before)[1] if before.resolution != leg.stage.resolution else base_outputs
+    outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
+    base = run.base(before)[1] if run.shapes(before) != run.shapes(leg.stage) else base_outputs
     delta = deltas(outputs, old, base)
     run.log.write(
         {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
@@ -156,20 +143,21 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) 
 
 def show_stage(leg: Leg) -> None:
     """Print what a stage will do: its settings, what trains, and what each source gives."""
-    stage, order, run = leg.stage, leg.mixture.order, leg.run
+    stage, run = leg.stage, leg.run
     rate = resolved_rate(stage)
     trained = sum(parameter.numel() for parameter in leg.trainable.values())
     what = f"the adapter, {len(lora_layers(leg.model))} layers" if stage.train == "adapter" else "every weight" if stage.train == "full" else f"{len(leg.trainable) // 2} layers of the adapter"
     run.log.say("")
     run.log.say(
-        f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {order.images} images at {stage.resolution} pixels, "
+        f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {step_words(stage)} at {resolution_words(stage)} pixels, "
         f"in {stage.precision} over a base in {resolved_storage(stage)}; trains {what} ({trained:,} numbers) at {rate.peak:g}, {rate.schedule}"
     )
     table = Table(box=None, pad_edge=True, header_style="dim")
     for column in ("source", "rows", "share", "images", "epochs"):
         table.add_column(column, justify="left" if column == "source" else "right")
+    total = leg.mixture.images_before(stage.steps)
     for name, share in leg.mixture.asked.items():
-        images = share * order.images * stage.steps
-        table.add_row(name, f"{run.selections[name].size:,}", f"{share:.1%}", f"{images:,.0f}", f"{images / run.selections[name].size:.1f}")
+        rows = None if run.selections[name].stream else run.selections[name].size
+        table.add_row(name, "a stream" if rows is None else f"{rows:,}", f"{share:.1%}", f"{share * total:,.0f}", "" if rows is None else f"{share * total / rows:.1f}")
     run.log.show(table)
 

@@ -6,12 +6,15 @@ and docs/plan.md and docs/plan.schema.json are generated from the docstrings bel
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Task = Literal["text_to_image", "subject", "control", "edit", "other"]
-Role = Literal["target", "reference", "prompt"]
+BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(MB|GB|TB|MiB|GiB|TiB)$"
+
+Task = Literal["text_to_image", "subject", "control", "edit", "other", "entity"]
+Role = Literal["target", "reference", "prompt", "entity_prompts", "entity_masks"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Storage = Literal["fp32", "bf16"]
 
@@ -23,12 +26,14 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Side = Annotated[int, Field(strict=True, ge=1, le=16384)]
+Bytes = Annotated[str, Field(pattern=BYTES_PATTERN, max_length=20)]
 
 
 class _Word(BaseModel):
     """What every part of a plan has in common: unknown fields are errors, nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, serialize_by_alias=True)
 
 
 class Model(_Word):
@@ -54,47 +59,124 @@ class Adapter(_Word):
     blocks' modulation); or a list of patterns, each matched against a module's full name. A pattern that matches nothing is an error."""
 
 
-class Take(_Word):
-    """A cap on a source: train on this many of its rows and no others."""
+class Power(_Word):
+    """Shares by size to a power: 1 is natural, 0 gives every source the same share."""
 
-    count: Count
-    """How many rows."""
-    by: Literal["random", "first"] = "random"
-    """`random`: a keyed choice, the same in every epoch and every run with this seed. `first`: file order."""
+    power: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    """The exponent."""
+
+
+StillMix = Annotated[Literal["natural"] | Power | dict[str, Share], Field(union_mode="left_to_right")]
+
+
+class Take(_Word):
+    """A cap on a source: train on this many of its rows and no others. One of `count` and `fraction` is given."""
+
+    count: Count | None = None
+    """How many rows. More than the source has is an error."""
+    fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Or which part of them, rounded to the nearest row and at least one."""
+    by: Literal["random", "first", "stratified"] = "random"
+    """`random`: a keyed choice, the same in every epoch and every run with this seed. `first`: file order. `stratified`: a keyed choice inside
+    each value of `column`, in proportion to how often the value occurs."""
+    column: str | None = None
+    """The column whose values `by: stratified` keeps in proportion."""
     seed: Seed = 0
     """Seed of the random choice."""
+
+
+class Captions(_Word):
+    """What is done to a row's prompt each time it is drawn; all of it follows from (seed, row, epoch), so a resumed run repeats it."""
+
+    trigger: str | None = None
+    """Words put before the prompt, with a comma between (`sks dog, ` + prompt); they stay in front of shuffled tags."""
+    dropout: Fraction = 0.0
+    """How often the prompt is left out, in [0, 1): what classifier-free guidance is trained by."""
+    shuffle_tags: bool = False
+    """Whether the parts between commas change places."""
+    keep_tags: CountOrZero = 0
+    """How many of the first parts stay where they are when tags are shuffled."""
+
+
+class Augment(_Word):
+    """What is done to a row's images each time it is drawn; all of it follows from (seed, row, epoch), so a resumed run repeats it."""
+
+    flip: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """How often a row's images are mirrored left to right, all of them together. Leave it out where left and right mean something."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of an image is kept where its aspect is not its bucket's."""
+    variants: Annotated[int, Field(strict=True, ge=1, le=1000)] = 4
+    """How many different crops and flips of a row there are; epoch after epoch they take turns. More cost more cache."""
 
 
 class Source(_Word):
     """Rows of one kind from one place."""
 
     path: str
-    """A folder of images with .txt captions; a folder with metadata.jsonl; a .jsonl file; one or more .parquet files
-    (`data/*.parquet`, `data-{000..063}.parquet`); or `hub/USER/DATASET`."""
+    """A folder of images with .txt captions, or with metadata.jsonl; a .jsonl, .json or .csv file; one or more .parquet or .arrow files or
+    .tar shards (`data/*.parquet`, `data-{000..063}.tar`); a folder that `datasets` saved (`save_to_disk`); or `hub/USER/DATASET`."""
     task: Task = "text_to_image"
-    """What a row asks for. `text_to_image` uses prompt and target; the others use prompt, one or more references, and target."""
+    """What a row asks for. `text_to_image` uses prompt and target; `entity` also regions, each a prompt and a mask; the others use prompt, one or
+    more references, and target."""
     columns: dict[Role, str | list[str]] = Field(default_factory=dict)
     """Which column plays which role, where the usual names (target: image, target, output_image; reference: reference, references,
-    input_images, source; prompt: prompt, text, caption, instruction) do not say. Several reference columns are given as a list."""
+    input_images, source; prompt: prompt, text, caption, instruction; entity_prompts: eligen_entity_prompts; entity_masks:
+    eligen_entity_masks) do not say. Several reference columns are given as a list."""
     prompt: str | None = None
     """The prompt of rows that have none of their own. Without it a row without a prompt is a bad row."""
     split: str = "train"
     """The split of a Hub dataset."""
+    where: str | None = None
+    """Which rows are used, as a condition on columns and image size: `width >= 512 and aspect < 2 and style in ["photo", "film"]`. Beside the
+    table's own columns it knows width, height, pixels, aspect, references and prompt. Comes before `take`."""
     take: Take | None = None
     """Cap on the number of rows."""
+    repeat: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
+    """How often the source counts in a mix by size (`natural`, `power`). Rows are not copied; shares given as numbers are not touched."""
+    stream: bool = False
+    """Read rows one after another, without looking at all of them first: for .tar shards, .parquet files and Hub datasets too large for that.
+    Every image is cropped to the square of the stage's resolution, since its aspect is not known beforehand."""
+    rows: Count | None = None
+    """How many rows a stream has, where a mix by size needs to know."""
+    references: Annotated[int, Field(strict=True, ge=0, le=16)] | None = None
+    """How many references each row of a stream has; rows with another number are bad rows. Left out: none for text_to_image, else one."""
+    lanes: Annotated[int, Field(strict=True, ge=1, le=1024)] = 8
+    """In how many lanes a stream is read; processes share them out, so it is the largest number of processes. What is drawn depends on it."""
+    captions: Captions = Captions()
+    """What is done to prompts."""
+    augment: Augment = Augment()
+    """What is done to images."""
     on_bad_row: Literal["skip", "stop"] = "skip"
     """What to do with a row that cannot be read: `skip` it, name it and count it, and stop once more than 1 % of the source is bad; or `stop` at the first."""
 
 
+class Change(_Word):
+    """A number that changes in a straight line over the stage."""
+
+    first: Annotated[Count, Field(alias="from")]
+    """Of the first step."""
+    last: Annotated[Count, Field(alias="to")]
+    """Of the last step."""
+
+
+class MicroTokens(_Word):
+    """A micro-batch that holds as many images as come to so many tokens."""
+
+    tokens: Count
+    """Tokens that one device computes on at a time: of targets, references and prompts."""
+
 
 class Batch(_Word):
-    """The images of one optimizer step, over all processes."""
+    """What one optimizer step holds, over all processes. One of `images` and `tokens` is given."""
 
-    images: Count
-    """Images per optimizer step."""
-    micro: Count | None = None
-    """Images per micro-batch, one forward and backward pass of one process; it divides `images`. Left out: the largest divisor of `images`
-    that is at most 4. The gradient does not depend on it; memory does. `images / micro` must be a multiple of the number of processes."""
+    images: Count | Change | None = None
+    """Images per optimizer step; {from, to} changes it over the stage."""
+    tokens: Count | Change | None = None
+    """Or tokens per optimizer step, over targets, references and prompts: work and memory stay the same where images differ in size. {from, to}
+    changes it over the stage."""
+    micro: Count | MicroTokens | None = None
+    """What a micro-batch may hold, one forward and backward pass of one process: so many images, or {tokens: N}. The gradient does not depend on it;
+    memory does. Left out: at most 4 images, of `images` a divisor; with `tokens` as many tokens as the four largest images have."""
 
 
 class LearningRate(_Word):
@@ -145,6 +227,37 @@ class Handoff(_Word):
     """`keep`: the average goes on from where it was (its clock restarts). `reset`: it starts from this stage's first weights. Both need `ema`."""
 
 
+class Level(_Word):
+    """One of several resolutions of a stage."""
+
+    pixels: Side
+    """Images have about as many pixels as a square of this side."""
+    share: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    """Its share of the images; any numbers above 0, which are normalised."""
+
+
+class Buckets(_Word):
+    """To which shapes images are scaled and cropped: the nearest of the common aspects (1:1, 5:4, 4:3, 3:2, 16:9, 2:1 ..., upright too) at the stage's
+    resolution, in multiples that the model asks for."""
+
+    max_aspect: Annotated[float, Field(ge=1, le=4, allow_inf_nan=False)] = 2.0
+    """The widest and, upside down, the narrowest aspect; more extreme images are cropped to it. 1 crops all images to squares."""
+    upscale: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.5
+    """How much larger than on disk an image's sides may become; smaller images get a smaller shape."""
+    references: Annotated[list[Side], Field(min_length=1, max_length=16)] | None = None
+    """Resolution of each reference of a row that has one, two, three ... of them; the last also of more. Left out, as OmniGen2: the target's for one
+    or two, three quarters of it for three, half of it for more."""
+
+
+class MixRamp(_Word):
+    """A mix that changes in a straight line over the stage."""
+
+    first: Annotated[StillMix, Field(alias="from")]
+    """The mix of the first step."""
+    last: Annotated[StillMix, Field(alias="to")]
+    """The mix of the last step."""
+
+
 class Stage(_Word):
     """One leg of the plan: its own mix, resolution, precision, trainable weights and learning rate."""
 
@@ -156,11 +269,14 @@ class Stage(_Word):
     """Learning rate: a number, or {peak, warmup, warmup_from, schedule, floor}."""
     batch: Count | Batch
     """Images per optimizer step over all processes: a number, or {images, micro}."""
-    resolution: Annotated[int, Field(strict=True, ge=1, le=16384)]
-    """Side of the square, in pixels, to which images are scaled and centre-cropped."""
-    mix: Annotated[Literal["natural"] | Power | dict[str, Share], Field(union_mode="left_to_right")] = "natural"
+    resolution: Side | Annotated[list[Level], Field(min_length=1, max_length=16)]
+    """How large images are: about as many pixels as a square of this side, in the shape of their bucket. A list of {pixels, share} mixes several
+    resolutions, in their own exact shares; held-out rows and previews are then seen at the largest."""
+    buckets: Buckets = Buckets()
+    """To which shapes images are scaled and cropped."""
+    mix: Annotated[StillMix | MixRamp, Field(union_mode="left_to_right")] = "natural"
     """Shares of the sources, counted in images: `natural` (by size after `take`), {power: 0.5} (by size to that power), or shares by name
-    (any numbers of at least 0; they are normalised). A source that is not named is not drawn."""
+    (any numbers of at least 0; they are normalised). A source that is not named is not drawn. {from, to} changes from one mix to another over the stage."""
     precision: Precision = "bf16"
     """What the stage multiplies in. fp16 uses loss scaling."""
     base: Storage | None = None
@@ -177,13 +293,6 @@ class Stage(_Word):
     """Which noise levels are trained."""
     handoff: Handoff = Handoff()
     """What is taken over from the stage before."""
-
-
-class Power(_Word):
-    """Shares by size to a power: 1 is natural, 0 gives every source the same share."""
-
-    power: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-    """The exponent."""
 
 
 class Accuracy(_Word):
@@ -218,6 +327,20 @@ class Previews(_Word):
     """Sampling steps, of previews and of the samples that `evaluate.accuracy` judges."""
 
 
+class Cache(_Word):
+    """What is encoded once is kept on disk, by content, for all stages and runs: latents of images and embeddings of prompts. An edited image or caption,
+    another VAE or text encoder has another key, so nothing stale is ever used. What was seen of files (sizes, captions) is kept there too."""
+
+    folder: str = "cache"
+    """Where, relative to where the command is typed. Several runs, and several launches at once, may share it."""
+    limit: Bytes | None = None
+    """What latents and embeddings may take together, such as `200GB`; then those go that were not used for longest. Left out: no limit."""
+    latents: bool = True
+    """Whether latents are kept. A model without a VAE has none."""
+    text: bool = True
+    """Whether embeddings of prompts are kept."""
+
+
 class Plan(_Word):
     """A plan: one model, its sources, and the stages that it goes through."""
 
@@ -239,6 +362,8 @@ class Plan(_Word):
     """Held-out evaluation."""
     previews: Previews = Previews()
     """Preview samples."""
+    cache: Cache | Literal["none"] = Cache()
+    """What is encoded once and kept; `none` keeps nothing."""
     save_every: Count = 500
     """Steps between checkpoints inside a stage. The end of a stage is always saved."""
     keep: Count = 1
@@ -256,11 +381,45 @@ Plan.model_rebuild()
 
 
 def resolved_batch(stage: Stage) -> Batch:
-    """The stage's batch with `micro` filled in: the largest divisor of `images` that is at most 4."""
+    """The stage's batch as a mapping, `micro` filled in where it is a number of images: the largest divisor of `images` that is at most 4.
+
+    With `tokens`, or images that change, what a micro-batch holds by default follows from the shapes that occur, and is left out here.
+    """
     batch = stage.batch if isinstance(stage.batch, Batch) else Batch(images=stage.batch)
-    if batch.micro is not None:
+    if batch.micro is not None or not isinstance(batch.images, int):
         return batch
-    return Batch(images=batch.images, micro=max(size for size in (1, 2, 3, 4) if batch.images % size == 0))
+    return batch.model_copy(update={"micro": max(size for size in (1, 2, 3, 4) if batch.images % size == 0)})
+
+
+def resolved_levels(stage: Stage) -> list[Level]:
+    """The stage's resolutions; one with a share of 1 where it has one."""
+    return stage.resolution if isinstance(stage.resolution, list) else [Level(pixels=stage.resolution, share=1.0)]
+
+
+def main_resolution(stage: Stage) -> int:
+    """The largest of the stage's resolutions, at which held-out rows are seen."""
+    return max(level.pixels for level in resolved_levels(stage))
+
+
+def step_words(stage: Stage) -> str:
+    """What a step holds, in words: `32 images`, `65,536 tokens`, `16 to 64 images`."""
+    batch = resolved_batch(stage)
+    unit, asked = ("images", batch.images) if batch.images is not None else ("tokens", batch.tokens)
+    counted = f"{asked.first:,} to {asked.last:,}" if isinstance(asked, Change) else f"{asked:,}"
+    return "1 image" if asked == 1 and unit == "images" else f"{counted} {unit}"
+
+
+def resolution_words(stage: Stage) -> str:
+    """The stage's resolutions, in words: `512`, `256, 512 and 768`."""
+    sides = [str(level.pixels) for level in resolved_levels(stage)]
+    return sides[0] if len(sides) == 1 else f"{', '.join(sides[:-1])} and {sides[-1]}"
+
+
+def in_bytes(size: str) -> int:
+    """`200GB` in bytes. Units: MB, GB, TB of 1000, MiB, GiB, TiB of 1024."""
+    found = re.fullmatch(r"([0-9.]+) ?([MGT])(i?)B", size)
+    assert found is not None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2))
 
 
 def resolved_rate(stage: Stage) -> LearningRate:

@@ -96,7 +96,7 @@ def resolved(plan: Plan) -> dict[str, Any]:
         inner: Any = written_out
         for step in location[:-1]:
             inner = inner[step]
-        del inner[location[-1]]
+        inner.pop(location[-1], None)
     return written_out
 
 

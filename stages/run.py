@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,17 +23,24 @@ from accelerate.utils import reduce
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from mixing.mixture import Selection, TooManyBadRows, check_processes, select
-from mixing.source import SourceError, open_source
+from mixing.bad_rows import SourceError
+from mixing.buckets import Shapes
+from mixing.keys import key
+from mixing.mixture import TooManyBadRows
+from mixing.selected import Selection
+from mixing.share_out import TooFewImages
+from stages.cache import Cache
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
+from stages.feed import Sizes, main_shapes
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
 from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton, read_start
 from stages.ledger import dropped_rows
-from stages.plan import Plan, Stage, resolved_batch, resolved_storage
+from stages.open_sources import index_folder, open_selections
+from stages.plan import Plan, Stage, in_bytes, main_resolution, resolved_storage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
 from stages.reader import PlanError, to_yaml
 from stages.sampling import Judge, accuracy, fit_judge
@@ -113,17 +120,38 @@ class Run:
     baton: Baton = field(default_factory=lambda: Baton(None, None, "the model"))
     last: Checkpoint | None = None
     """The last checkpoint of the stage before this one."""
+    cache: Cache | None = None
+    """What is encoded once and kept, once the family is open."""
 
     @cached_property
     def family(self) -> Family:
-        """The model without its transformer; loaded when first needed, so that a finished run is answered at once."""
-        return open_family(self.plan.model, self.accelerator.device)
+        """The model without its transformer; opened when first needed, so that a finished run is answered at once."""
+        family = open_family(self.plan.model, self.accelerator.device)
+        kept = self.plan.cache
+        if kept != "none" and (kept.text or (kept.latents and family.encodes_images)):
+            limit = None if kept.limit is None else in_bytes(kept.limit)
+            cache = Cache(
+                Path(kept.folder), latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=limit, writer=f"rank{self.accelerator.process_index}"
+            )
+            family.texts.stored = cache if kept.text else None
+            family.cache = cache if kept.latents and family.encodes_images else None
+            self.cache = cache
+        return family
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the model makes of an image's size."""
+        return Sizes(self.family.pixel_multiple, self.family.text_tokens)
+
+    def shapes(self, stage: Stage) -> Shapes:
+        """The shapes in which a stage sees held-out rows."""
+        return main_shapes(stage, self.sizes.multiple)
 
     @cached_property
     def judge(self) -> Judge | None:
         """The classifier that the plan asks for."""
         asked = self.plan.evaluate.accuracy
-        return fit_judge(Path(asked.labelled), self.plan.stages[-1].resolution) if asked else None
+        return fit_judge(Path(asked.labelled), main_resolution(self.plan.stages[-1])) if asked else None
 
     def finished(self, index: int) -> Checkpoint | None:
         """The last checkpoint of a stage that is finished, else None."""
@@ -172,8 +200,9 @@ class Run:
 
         Kept in evaluations/, and measured anew where a source has come since.
         """
-        folder, name = self.folder / "evaluations", f"base-{stage.resolution}"
-        batches = probe_batches(self.selections, stage.resolution)
+        shapes = self.shapes(stage)
+        folder, name = self.folder / "evaluations", f"base-{named(shapes)}"
+        batches = probe_batches(self.selections, shapes)
         known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
         if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
             precision = StagePrecision(stage.precision, self.accelerator.device)
@@ -182,7 +211,7 @@ class Run:
                 self.family,
                 transformer,
                 self.selections,
-                resolution=stage.resolution,
+                shapes=shapes,
                 precision=precision,
                 seed=self.plan.seed,
                 accelerator=self.accelerator,
@@ -206,7 +235,7 @@ class Run:
     def judged(self, transformer: torch.nn.Module, stage: Stage, precision: StagePrecision) -> dict[str, float] | None:
         """The judge's verdict on samples of a transformer, if the plan asks for one and this stage has its resolution."""
         asked = self.plan.evaluate.accuracy
-        if not asked or not self.judge or self.judge.resolution != stage.resolution:
+        if not asked or not self.judge or self.judge.resolution != main_resolution(stage):
             return None
         return accuracy(
             self.family,
@@ -231,13 +260,7 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
     (folder / "stages").mkdir(exist_ok=True)
     (folder / "evaluations").mkdir(exist_ok=True)
     with _locked(folder, accelerator.is_main_process):
-        for index, stage in enumerate(plan.stages):
-            batch = resolved_batch(stage)
-            try:
-                check_processes(batch.images // (batch.micro or batch.images), accelerator.num_processes)
-            except ValueError as error:
-                raise PlanError.at(f"stages[{index}].batch", str(error)) from None
-        selections = open_selections(plan, Path.cwd())
+        selections = _opened(plan, accelerator)
         model = fingerprint(plan.model)
         checkpoints: list[Checkpoint | None] = []
         said: list[str] = []
@@ -269,13 +292,34 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         accelerator.wait_for_everyone()
         try:
             yield run
-        except TooManyBadRows as error:
+        except (TooManyBadRows, TooFewImages, SourceError) as error:
             raise PlanError.at("", str(error)) from None
         finally:
+            if run.cache:
+                run.cache.close()
             run.log.close()
             if run.trace:
                 run.trace.close()
             stop.close()
+
+
+def _opened(plan: Plan, accelerator: Accelerator) -> dict[str, Selection]:
+    """The sources; the main process looks at them first, and the others read what it has noted."""
+    if index_folder(plan) is None:
+        return open_selections(plan, Path.cwd())
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return open_selections(plan, Path.cwd())
+    try:
+        return open_selections(plan, Path.cwd())
+    finally:
+        accelerator.wait_for_everyone()  # also where the plan is wrong: then the others find that out too
+
+
+def named(shapes: Shapes) -> str:
+    """What shapes are called in file names: the resolution, and a hash where the buckets are not the usual ones."""
+    usual = Shapes(shapes.pixels, shapes.multiple)
+    return str(shapes.pixels) if shapes == usual else f"{shapes.pixels}-{key(json.dumps(asdict(shapes))):016x}"
 
 
 @contextmanager
@@ -290,28 +334,6 @@ def _locked(folder: Path, main: bool) -> Iterator[None]:
         except OSError:
             raise PlanError.at(str(folder), "another launch is training in this folder; wait for it, or pass --out") from None
         yield
-
-
-def open_selections(plan: Plan, root: Path) -> dict[str, Selection]:
-    """Open every source and choose its rows. Raises PlanError naming the source."""
-    selections = {}
-    for name, source in plan.sources.items():
-        try:
-            opened = open_source(
-                name,
-                path=source.path,
-                task=source.task,
-                columns=source.columns,
-                prompt=source.prompt,
-                split=source.split,
-                on_bad_row=source.on_bad_row,
-                root=root,
-            )
-            take = source.take
-            selections[name] = select(opened, take.count if take else None, take.by if take else "random", take.seed if take else 0, plan.evaluate.rows)
-        except (SourceError, ValueError) as error:
-            raise PlanError.at("", str(error)) from None
-    return selections
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -336,7 +358,8 @@ def say_hello(run: Run, newest: Checkpoint | None) -> None:
     run.log.say(f"[bold]{run.plan.name}[/bold]: {len(run.plan.stages)} stages on {_device_name(run.accelerator)}, {processes} {'process' if processes == 1 else 'processes'}, into {run.folder}")
     for name, selection in run.selections.items():
         bad = f", {len(selection.source.bad)} bad rows left out" if selection.source.bad else ""
-        run.log.say(f"  source {name}: {selection.size:,} rows to train on, {len(selection.held_out)} held out{bad}")
+        rows = f"{selection.size:,} rows to train on" if selection.stream is None else f"a stream in {selection.stream.num_lanes} lanes"
+        run.log.say(f"  source {name}: {rows}, {len(selection.held_out)} held out{bad}")
         for row in selection.source.bad[:5]:
             run.log.warn(f"source '{name}': {row.key}: {row.reason}", "", 0)
     resumed = {"stage": newest.state["stage"], "step": newest.step} if newest else None

@@ -16,9 +16,11 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from mixing.buckets import Shapes
 from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
-from mixing.mixture import Selection, read_rows
+from mixing.mixture import read_rows
+from mixing.selected import Selection
 from stages.families.base import Family, Text
 from stages.objectives import flow
 from stages.precision import StagePrecision
@@ -51,21 +53,22 @@ class Preview:
 
 @torch.no_grad()
 def previews(
-    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, steps: int, resolution: int, precision: StagePrecision, seed: int, accelerator: Accelerator
+    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, steps: int, shapes: Shapes, precision: StagePrecision, seed: int, accelerator: Accelerator
 ) -> list[Preview]:
     """Samples for the first held-out rows of each source, their noise keyed by (seed, source, row), shared out among the processes; all of them on each."""
     made: list[tuple[int, int, Preview]] = []
     for number, (name, selection) in enumerate(selections.items()):
         if number % accelerator.num_processes != accelerator.process_index:
             continue
-        for batch in read_rows(selection.source, selection.held_out[:rows].tolist(), resolution)[0]:
-            shape = family.encode_images(batch.targets[:1]).shape[1:]
+        for batch in read_rows(selection, selection.held_out[:rows].tolist(), shapes)[0]:
+            targets, shown_references = batch.targets.tensor(), [reference.tensor() for reference in batch.references]
+            shape = family.encode_images(targets[:1]).shape[1:]
             e = flow.noise(shape, [key(seed, "preview", name, row) for row in batch.keys]).to(accelerator.device)
-            references = [family.encode_images(reference) for reference in batch.references]
+            references = [family.encode_images(reference) for reference in shown_references]
             images = family.decode_latents(sample(family, transformer, e, family.encode_prompts(batch.prompts), references, steps, precision))
             for place, image in enumerate(images):
-                shown = tuple(from_tensor(reference[place]) for reference in batch.references)
-                made.append((number, place, Preview(name, batch.prompts[place], shown, from_tensor(image.cpu()), from_tensor(batch.targets[place]))))
+                shown = tuple(from_tensor(reference[place]) for reference in shown_references)
+                made.append((number, place, Preview(name, batch.prompts[place], shown, from_tensor(image.cpu()), from_tensor(targets[place]))))
     gathered: list[tuple[int, int, Preview]] = gather_object(made) if accelerator.num_processes > 1 else made
     return [preview for _, _, preview in sorted(gathered, key=lambda entry: entry[:2])]
 
@@ -190,7 +193,8 @@ def accuracy(
     (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises JudgeError if no caption names a label.
     """
     resolution, source = judge.resolution, selection.source
-    captions = [prompt for batch in read_rows(source, selection.held_out.tolist(), resolution)[0] for prompt in batch.prompts]
+    squares = Shapes(resolution, family.pixel_multiple, max_aspect=1.0, upscale=100.0)
+    captions = [prompt for batch in read_rows(selection, selection.held_out.tolist(), squares)[0] for prompt in batch.prompts]
     captions = [caption for caption in captions if judge.label_of(caption)]
     if not captions:
         raise JudgeError(f"evaluate.accuracy: no held-out caption of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")
@@ -207,8 +211,8 @@ def accuracy(
     gathered: list[tuple[int, str]] = sorted(gather_object(correct)) if accelerator.num_processes > 1 else correct
     wanted = [judge.label_of(caption) for caption in asked]
     moved = sorted(range(samples), key=lambda number: key(seed, "shuffled", number))
-    rows = np.concatenate(list(selection.training.values()))[:500].tolist()
-    real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_rows(source, rows, resolution)[0] for image, prompt in zip(batch.targets, batch.prompts, strict=True)]
+    rows = np.concatenate([np.asarray(rows) for rows in selection.training.values()])[:500].tolist() if selection.stream is None else selection.held_out.tolist()
+    real = [(from_tensor(image), judge.label_of(prompt)) for batch in read_rows(selection, rows, squares)[0] for image, prompt in zip(batch.targets.tensor(), batch.prompts, strict=True)]
     real = [(image, label) for image, label in real if label]
     if not real:
         raise JudgeError(f"evaluate.accuracy: none of the first {len(rows)} training captions of source '{source.name}' holds exactly one of the labels {', '.join(judge.labels)}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
 
 from models import tiny_flux
+from stages.cache import Cache
 from stages.families.flux import Flux
 from stages.families.open import ModelError, fingerprint, open_family
 
@@ -119,6 +122,129 @@ def test_encoded_prompts_come_from_memory_unchanged(tmp_path: Path) -> None:
         assert torch.allclose(text.embeds[:3], fresh.embeds, atol=1e-6)
         assert torch.equal(text.embeds[3], text.embeds[0])
         assert torch.allclose(text.pooled[:3], fresh.pooled, atol=1e-6)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes of the encoders that were loaded."""
+    names: list[str] = []
+    for encoder in (AutoencoderKL, CLIPTextModel, T5EncoderModel):
+        load = encoder.from_pretrained.__func__
+
+        def counted(cls: type, *arguments: object, load: Callable[..., object] = load, **named: object) -> object:
+            names.append(cls.__name__)
+            return load(cls, *arguments, **named)
+
+        monkeypatch.setattr(encoder, "from_pretrained", classmethod(counted))
+    return names
+
+
+def open_cache(folder: Path, family: Flux) -> Cache:
+    cache = Cache(folder, latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=None, writer="rank0")
+    family.texts.stored = cache
+    return cache
+
+
+def test_with_everything_cached_no_encoder_is_loaded_and_the_bits_are_the_same(tmp_path: Path, loaded: list[str]) -> None:
+    folder = tiny_flux(tmp_path / "m", pixels=False, guidance=True)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    velocities = []
+    for cached in (False, True):
+        loaded.clear()
+        family = Flux(str(folder), None, 2.5, CPU)
+        transformer = family.load_transformer(torch.float32, None)
+        family.shift(16), family.sigmas(4, 16), family.tokens(16, 16)
+        cache = open_cache(tmp_path / "cache", family)
+        assert loaded == []
+        latents = torch.stack([cache.encode_image(cache.latents_key(bytes([number]) * 16, "16x16"), image, family.encode_images) for number, image in enumerate(images)])
+        text = family.encode_prompts(PROMPTS[:2])
+        with torch.no_grad():
+            velocities.append(family.predict(transformer, latents, torch.full((2,), 0.5), text, (latents,)))
+        cache.close()
+        assert cache.take_warnings() == []
+        assert sorted(loaded) == ([] if cached else ["AutoencoderKL", "CLIPTextModel", "T5EncoderModel"])
+    assert torch.equal(*velocities)
+
+
+def test_each_encoder_is_loaded_once_when_it_is_needed_and_again_after_release(tmp_path: Path, loaded: list[str]) -> None:
+    family = Flux(str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = family.encode_images(image)
+    family.decode_latents(latents)
+    assert loaded == ["AutoencoderKL"]
+    text = family.encode_prompts(PROMPTS)
+    family.encode_prompts([PROMPTS[0], "green"])
+    assert sorted(loaded[1:]) == ["CLIPTextModel", "T5EncoderModel"]
+    family.release_encoders()
+    assert torch.equal(family.encode_prompts(PROMPTS).embeds, text.embeds)
+    assert len(loaded) == 3  # the prompts were at hand
+    assert torch.equal(family.encode_images(image), latents)
+    family.stock_pipeline(family.load_transformer(torch.float32, None))
+    assert sorted(loaded[3:]) == ["AutoencoderKL", "CLIPTextModel", "T5EncoderModel"]
+
+
+def test_an_image_and_a_prompt_have_the_same_bits_alone_and_in_a_batch(tmp_path: Path) -> None:
+    folder = str(tiny_flux(tmp_path / "m", pixels=False))
+    family, other = Flux(folder, None, None, CPU), Flux(folder, None, None, CPU)
+    images = torch.rand(5, 3, 24, 16) * 2 - 1
+    assert torch.equal(family.encode_images(images), torch.cat([family.encode_images(image[None]) for image in images]))
+    together, alone = family.encode_prompts(PROMPTS), [other.encode_prompts([prompt]) for prompt in PROMPTS]
+    assert torch.equal(together.embeds, torch.cat([text.embeds for text in alone]))
+    assert torch.equal(together.pooled, torch.cat([text.pooled for text in alone]))
+
+
+def test_a_model_on_pixels_has_no_latents_to_keep(tmp_path: Path, loaded: list[str]) -> None:
+    family = Flux(str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    assert (family.encodes_images, family.factor, family.vae, loaded) == (False, 1, None, [])
+    latent = Flux(str(tiny_flux(tmp_path / "l", pixels=False)), None, None, CPU)
+    assert (latent.encodes_images, latent.factor, latent.text_tokens) == (True, 2, 8)
+    assert latent.latents_identity != family.latents_identity
+
+
+def test_identities_follow_the_encoders_own_files_and_no_others(tmp_path: Path) -> None:
+    folder = tiny_flux(tmp_path / "m", pixels=False)
+
+    def identities() -> tuple[str, str]:
+        family = Flux(str(folder), None, None, CPU)
+        return family.latents_identity, family.text_identity
+
+    latents, text = identities()
+    assert identities() == (latents, text)
+    for name in ("README.md", "transformer/config.json", "scheduler/scheduler_config.json"):
+        (folder / name).write_text((folder / name).read_text() + " " if (folder / name).exists() else "words")
+    assert identities() == (latents, text)
+    moved = folder.rename(tmp_path / "moved")
+    folder = moved
+    assert identities() == (latents, text)
+    flip_last_byte(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    other_latents, same_text = identities()
+    assert (other_latents != latents, same_text == text) == (True, True)
+    for name in ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "tokenizer_2/tokenizer.json"):
+        before = identities()
+        flip_last_byte(folder / name) if name.endswith("safetensors") else (folder / name).write_text((folder / name).read_text() + " ")
+        assert (identities()[0], identities()[1] != before[1]) == (other_latents, True)
+
+
+def flip_last_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_a_model_on_the_hub_is_told_apart_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "hub" / "models--user--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    tiny_flux(place / "snapshots" / commit, pixels=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    family = Flux("user/tiny", None, None, CPU)
+    assert family.revision == commit
+    assert f"user/tiny@{commit} " in family.latents_identity
+    assert f"user/tiny@{commit} " in family.text_identity
+    assert (family.factor, family.text_tokens) == (2, 8)
+    assert family.encode_images(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 8, 8)
+    assert family.encode_prompts(["a"]).embeds.shape == (1, 8, 16)
 
 
 def test_a_pipeline_that_medley_does_not_train_is_refused(tmp_path: Path) -> None:

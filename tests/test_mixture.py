@@ -14,31 +14,39 @@ import pytest
 import torch
 from PIL import Image
 
+from mixing.buckets import Shapes, Signature
 from mixing.images import fit, to_tensor
-from mixing.mixture import MicroBatch, Selection, StageMixture, TooManyBadRows, cells, check_processes, read_rows, select
+from mixing.mixture import Level, Micro, MicroBatch, StageMixture, TooManyBadRows, read_rows
+from mixing.order import Budget
+from mixing.selected import Choice, Selection, select
+from mixing.share_out import TooFewImages
 from mixing.shares import shares, weights
 from mixing.source import Source
 from mixing.tasks import Cells
 from runs import launch, make_world, plan_of, write_plan
 
 SIDE = 4
+SHAPES = Shapes(SIDE, 1)
 
 
 @dataclass(frozen=True)
 class InMemory:
     """Rows whose images are encoded when asked for: the colour says which row it is."""
 
-    keys: tuple[str, ...]
+    names: tuple[str, ...]
     num_references: tuple[int, ...]
     broken: frozenset[str]
 
     def key(self, index: int) -> str:
-        return self.keys[index]
+        return self.names[index]
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        return [self.names[index] for index in indices.tolist()]
 
     def cells(self, index: int) -> Cells:
         content = png(index)
-        target = content[:45] if self.keys[index] in self.broken else content
-        return Cells(f"row {self.keys[index]}", target, tuple(png(index + place + 1) for place in range(self.num_references[index])))
+        target = content[:45] if self.names[index] in self.broken else content
+        return Cells((f"row {self.names[index]}",), target, tuple(png(index + place + 1) for place in range(self.num_references[index])))
 
 
 def png(number: int) -> bytes:
@@ -49,8 +57,13 @@ def png(number: int) -> bytes:
 
 def source_of(name: str, keys: Sequence[str], references: Sequence[int] = (), broken: Sequence[str] = ()) -> Source:
     number = tuple(references) or (0,) * len(keys)
-    sizes = np.full((len(keys), 2), SIDE, dtype=np.uint32)
-    return Source(name, "edit", np.array(number, dtype=np.uint8), sizes, (), "", InMemory(tuple(keys), number, frozenset(broken)))
+    sizes, others = np.full((len(keys), 2), SIDE, dtype=np.uint32), np.full((sum(number), 2), SIDE, dtype=np.uint32)
+    return Source(name, "edit", np.array(number, dtype=np.uint8), sizes, (), "", InMemory(tuple(keys), number, frozenset(broken)), others)
+
+
+def group(references: int) -> str:
+    """The class of rows of SIDE x SIDE images."""
+    return " ".join(["1:1 8", *["+as"] * references])
 
 
 def rows_of(name: str, number: int) -> list[str]:
@@ -58,7 +71,7 @@ def rows_of(name: str, number: int) -> list[str]:
 
 
 def selection_of(name: str, number: int, *, references: Sequence[int] = (), broken: Sequence[str] = (), held_out: int = 0) -> Selection:
-    return select(source_of(name, rows_of(name, number), references, broken), None, "random", 0, held_out)
+    return select(source_of(name, rows_of(name, number), references, broken), Choice(), held_out)
 
 
 def three_sources() -> dict[str, Selection]:
@@ -80,7 +93,21 @@ def mixture_of(
     drawn_before: Mapping[tuple[str, str], int] | None = None,
     stage: str = "only",
 ) -> StageMixture:
-    return StageMixture(selections, mix=mix or "natural", seed=seed, stage=stage, resolution=SIDE, images=images, micro=micro, drawn_before=drawn_before or {})
+    return StageMixture(
+        selections,
+        mix=mix or "natural",
+        seed=seed,
+        stage=stage,
+        levels=[Level(SHAPES)],
+        budget=Budget("images", images, images, 1000),
+        micro=Micro(images=micro),
+        tokens_of=tokens_of,
+        drawn_before=drawn_before or {},
+    )
+
+
+def tokens_of(signature: Signature) -> int:
+    return sum(height * width for height, width in (signature.target, *signature.references))
 
 
 def batches(mixture: StageMixture, first: int, last: int, *, rank: int = 0, processes: int = 1, workers: int = 0) -> list[MicroBatch]:
@@ -90,8 +117,8 @@ def batches(mixture: StageMixture, first: int, last: int, *, rank: int = 0, proc
 
 def same(one: MicroBatch, other: MicroBatch) -> bool:
     plain = all(getattr(one, name) == getattr(other, name) for name in ("step", "micro", "positions", "sources", "keys", "prompts", "bad"))
-    references = len(one.references) == len(other.references) and all(torch.equal(a, b) for a, b in zip(one.references, other.references, strict=True))
-    return plain and references and torch.equal(one.targets, other.targets)
+    references = len(one.references) == len(other.references) and all(torch.equal(a.pixels, b.pixels) for a, b in zip(one.references, other.references, strict=True))
+    return plain and references and torch.equal(one.targets.pixels, other.targets.pixels)
 
 
 def all_same(one: Sequence[MicroBatch], other: Sequence[MicroBatch]) -> bool:
@@ -122,23 +149,36 @@ def test_workers_change_nothing(rank: int, processes: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_processes_share_out_the_very_batches_that_one_would_get(processes: int) -> None:
-    mixture = mixture_of(three_sources())
+def test_processes_share_out_the_very_batches_that_one_would_get_where_images_are_of_one_size(processes: int) -> None:
+    mixture = mixture_of({name: selection_of(name, 20 + 10 * number) for number, name in enumerate("abc")})
     alone = batches(mixture, 5, 12)
     shared = [batches(mixture, 5, 12, rank=rank, processes=processes) for rank in range(processes)]
     assert {len(part) for part in shared} == {len(alone) // processes}
-    for rank, part in enumerate(shared):
-        assert all(batch.micro % processes == rank for batch in part)
+    for part in shared:
+        for step in range(5, 12):
+            assert [batch.is_last for batch in part if batch.step == step] == [False] * (8 // processes - 1) + [True]
     together = sorted((batch for part in shared for batch in part), key=lambda batch: (batch.step, batch.micro))
     assert all_same(together, alone)
 
 
-def test_processes_that_cannot_share_evenly_are_refused_with_the_numbers_that_can() -> None:
-    check_processes(8, 4)
-    with pytest.raises(ValueError, match=r"a step has 8 micro-batches .* 3 processes cannot share evenly; start 1, 2, 4, 8 processes, or choose another batch\.micro"):
-        check_processes(8, 3)
-    with pytest.raises(ValueError, match="cannot share evenly"):
-        batches(mixture_of(three_sources()), 0, 1, processes=16)
+@pytest.mark.parametrize("processes", [3, 5, 7, 16])
+def test_any_number_of_processes_shares_out_the_images_of_a_step_and_divides_few_micro_batches(processes: int) -> None:
+    mixture = mixture_of(three_sources())
+    alone = batches(mixture, 5, 12)
+    shared = [batches(mixture, 5, 12, rank=rank, processes=processes) for rank in range(processes)]
+    numbered = {position: key for batch in alone for position, key in zip(batch.positions, batch.keys, strict=True)}
+    assert sorted(position for part in shared for batch in part for position in batch.positions) == sorted(numbered)
+    assert all(numbered[position] == key for part in shared for batch in part for position, key in zip(batch.positions, batch.keys, strict=True))
+    assert all(batch.step_images == 16 for part in shared for batch in part)
+    for step in range(5, 12):
+        pieces = [batch for part in shared for batch in part if batch.step == step]
+        assert len(pieces) <= 8 + processes - 1
+        assert all(sum(batch.step == step and batch.is_last for batch in part) == 1 for part in shared)
+
+
+def test_more_processes_than_a_step_has_images_are_refused() -> None:
+    with pytest.raises(TooFewImages, match="a step has 16 images, fewer than the 17 processes; start fewer, or make batch larger"):
+        batches(mixture_of(three_sources()), 0, 1, processes=17)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -161,17 +201,17 @@ def test_reading_can_be_left_half_way() -> None:
 def test_a_batch_holds_its_rows_pixels_and_prompts() -> None:
     selections = three_sources()
     for batch in batches(mixture_of(selections), 0, 6):
-        assert batch.targets.shape == (2, 3, SIDE, SIDE)
-        assert batch.targets.dtype == torch.float32
+        assert batch.targets.tensor().shape == (2, 3, SIDE, SIDE)
+        assert batch.targets.tensor().dtype == torch.float32
         for place, (name, key) in enumerate(zip(batch.sources, batch.keys, strict=True)):
             source = selections[name].source
             row = rows_of(name, len(source)).index(key)
             example = source.example(row)
             assert batch.prompts[place] == example.prompt == f"row {key}"
-            assert torch.equal(batch.targets[place], to_tensor(fit(example.target, SIDE, SIDE)))
+            assert torch.equal(batch.targets.tensor()[place], to_tensor(fit(example.target, SIDE, SIDE)))
             assert len(batch.references) == source.num_references[row]
             for reference, image in zip(batch.references, example.references, strict=True):
-                assert torch.equal(reference[place], to_tensor(fit(image, SIDE, SIDE)))
+                assert torch.equal(reference.tensor()[place], to_tensor(fit(image, SIDE, SIDE)))
 
 
 def test_images_are_numbered_through_the_stage_without_a_gap() -> None:
@@ -183,7 +223,7 @@ def test_images_are_numbered_through_the_stage_without_a_gap() -> None:
 def test_a_source_with_mixed_numbers_of_references_gives_each_row_its_turn_and_no_micro_batch_mixes_them() -> None:
     selections = {"c": selection_of("c", 60, references=[0, 1, 1, 3] * 15)}
     mixture = mixture_of(selections, images=8, micro=2)
-    assert {signature: len(rows) for signature, rows in selections["c"].training.items()} == {"0 references": 15, "1 references": 30, "3 references": 15}
+    assert {len(row_class.references): len(rows) for row_class, rows in selections["c"].training.items()} == {0: 15, 1: 30, 3: 15}
     found = batches(mixture, 0, 60)
     numbers = Counter(len(batch.references) for batch in found for _ in batch.keys)
     assert numbers == {0: 120, 1: 240, 3: 120}
@@ -197,19 +237,19 @@ def test_counts_of_the_formula_are_those_of_the_batches() -> None:
     for steps in (0, 1, 7, 30):
         counted: Counter[tuple[str, str]] = Counter()
         for batch in batches(mixture, 0, steps):
-            counted.update((name, f"{len(batch.references)} references") for name in batch.sources)
-        assert mixture.drawn_after(steps) == {cell: counted[cell] for cell in mixture.drawn_after(steps)}
+            counted.update((name, group(len(batch.references))) for name in batch.sources)
+        assert mixture.order.drawn_after(steps) == {cell: counted[cell] for cell in mixture.order.drawn_after(steps)}
         assert counted.total() == 16 * steps
 
 
 def test_a_later_stage_goes_on_in_the_epoch_of_the_one_before() -> None:
     selections = {"a": selection_of("a", 48), "b": selection_of("b", 48, references=[1] * 48)}
     first = mixture_of(selections, images=8, stage="first")
-    second = mixture_of(selections, images=16, stage="second", drawn_before=first.drawn_after(6))
+    second = mixture_of(selections, images=16, stage="second", drawn_before=first.order.drawn_after(6))
     seen = Counter(drawn([*batches(first, 0, 6), *batches(second, 0, 3)]))
     assert len(seen) == 96
     assert set(seen.values()) == {1}
-    assert second.drawn_after(3) == {("a", "0 references"): 48, ("b", "1 references"): 48}
+    assert second.order.drawn_after(3) == {("a", group(0)): 48, ("b", group(1)): 48}
 
 
 def test_a_source_that_the_mix_leaves_out_is_not_drawn() -> None:
@@ -262,16 +302,16 @@ def test_a_run_on_rows_of_which_none_can_be_decoded_ends_with_2_and_no_traceback
 
 def test_held_out_rows_are_read_by_signature_and_broken_ones_left_out_and_named() -> None:
     source = source_of("c", rows_of("c", 6), [0, 1, 0, 1, 2, 0], broken=["c0002", "c0004"])
-    found, bad = read_rows(source, [5, 4, 3, 2, 1, 0], SIDE)
+    found, bad = read_rows(select(source, Choice(), 0), [5, 4, 3, 2, 1, 0], SHAPES)
     assert [(batch.keys, len(batch.references)) for batch in found] == [(("c0005", "c0000"), 0), (("c0003", "c0001"), 1)]
     assert {row.key for row in bad} == {"c0002", "c0004"}
-    assert read_rows(source, [], SIDE) == ([], [])
+    assert read_rows(select(source, Choice(), 0), [], SHAPES) == ([], [])
 
 
 def test_every_held_out_row_that_cannot_be_read_is_named() -> None:
     """Also where it is the only one with its number of references."""
     source = source_of("c", rows_of("c", 3), [0, 0, 1], broken=["c0001", "c0002"])
-    assert {row.key for row in read_rows(source, [0, 1, 2], SIDE)[1]} == {"c0001", "c0002"}
+    assert {row.key for row in read_rows(select(source, Choice(), 0), [0, 1, 2], SHAPES)[1]} == {"c0001", "c0002"}
 
 
 # --- which rows: take and held out ------------------------------------------------------------------------------------------------------
@@ -287,29 +327,29 @@ def held_out_keys(selection: Selection) -> list[str]:
 
 def test_take_first_takes_the_first_and_take_random_others_that_depend_on_its_seed_alone() -> None:
     source = source_of("a", rows_of("a", 100))
-    first = select(source, 30, "first", 0, 0)
+    first = select(source, Choice(count=30, by="first"), 0)
     assert training_keys(first) == rows_of("a", 100)[:30]
-    chosen = {seed: set(training_keys(select(source, 30, "random", seed, 0))) for seed in range(20)}
+    chosen = {seed: set(training_keys(select(source, Choice(count=30, seed=seed), 0))) for seed in range(20)}
     assert all(len(keys) == 30 for keys in chosen.values())
-    assert chosen[3] == set(training_keys(select(source, 30, "random", 3, 0)))
+    assert chosen[3] == set(training_keys(select(source, Choice(count=30, seed=3), 0)))
     counts = Counter(key for keys in chosen.values() for key in keys)
     assert len(counts) == 100, "every row is taken under some seed"
     assert len({frozenset(keys) for keys in chosen.values()}) == 20
 
 
 def test_only_taken_rows_are_drawn_in_every_epoch() -> None:
-    selection = select(source_of("a", rows_of("a", 100)), 30, "random", 3, 3)
+    selection = select(source_of("a", rows_of("a", 100)), Choice(count=30, seed=3), 3)
     seen = Counter(drawn(batches(mixture_of({"a": selection}, images=9, micro=3), 0, 15)))
     assert {key for _, key in seen} == set(training_keys(selection))
     assert set(seen.values()) == {5}
     assert selection.size == 27
-    assert set(training_keys(selection)) | set(held_out_keys(selection)) == set(training_keys(select(selection.source, 30, "random", 3, 0)))
+    assert set(training_keys(selection)) | set(held_out_keys(selection)) == set(training_keys(select(selection.source, Choice(count=30, seed=3), 0)))
 
 
 def test_taking_more_than_there_is_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sources\.a\.take: 101 rows asked, the source has 100"):
-        select(source_of("a", rows_of("a", 100)), 101, "random", 0, 0)
-    assert select(source_of("a", rows_of("a", 100)), 100, "random", 0, 0).size == 100
+        select(source_of("a", rows_of("a", 100)), Choice(count=101), 0)
+    assert select(source_of("a", rows_of("a", 100)), Choice(count=100), 0).size == 100
 
 
 def test_held_out_rows_are_never_drawn_in_training_however_long_it_lasts() -> None:
@@ -325,14 +365,14 @@ def test_held_out_rows_are_never_drawn_in_training_however_long_it_lasts() -> No
 def test_held_out_rows_stay_held_out_when_rows_are_added_anywhere() -> None:
     """A new row pushes an old one out only by being held out itself."""
     old = rows_of("a", 200)
-    before = set(held_out_keys(select(source_of("a", old), None, "random", 0, 16)))
+    before = set(held_out_keys(select(source_of("a", old), Choice(), 16)))
     for added in ([f"{key}-b" for key in old[::7]], ["0first", "zlast"], [f"new{row}" for row in range(200)]):
-        after = set(held_out_keys(select(source_of("a", sorted([*old, *added])), None, "random", 0, 16)))
+        after = set(held_out_keys(select(source_of("a", sorted([*old, *added])), Choice(), 16)))
         assert len(after) == len(before) == 16
         assert len(before - after) == len(after & set(added))
-    backwards = set(held_out_keys(select(source_of("a", old[::-1]), None, "random", 0, 16)))
+    backwards = set(held_out_keys(select(source_of("a", old[::-1]), Choice(), 16)))
     assert backwards == before
-    assert set(held_out_keys(select(source_of("b", old), None, "random", 0, 16))) != before
+    assert set(held_out_keys(select(source_of("b", old), Choice(), 16))) != before
 
 
 def test_few_rows_are_all_trained_on() -> None:
@@ -345,16 +385,16 @@ def test_few_rows_are_all_trained_on() -> None:
 
 
 def test_natural_shares_are_by_rows_that_are_trained_on_after_take() -> None:
-    selections = {"a": select(source_of("a", rows_of("a", 100)), 50, "first", 0, 5), "b": selection_of("b", 55)}
+    selections = {"a": select(source_of("a", rows_of("a", 100)), Choice(count=50, by="first"), 5), "b": selection_of("b", 55)}
     mixture = mixture_of(selections, images=20)
     assert mixture.asked == {"a": 0.45, "b": 0.55}
-    assert mixture.drawn_after(5) == {("a", "0 references"): 45, ("b", "0 references"): 55}
+    assert mixture.order.drawn_after(5) == {("a", group(0)): 45, ("b", group(0)): 55}
 
 
 def test_a_sources_share_is_divided_among_its_signatures_by_their_rows() -> None:
     selections = {"a": selection_of("a", 10), "c": selection_of("c", 40, references=[0, 1, 1, 1] * 10)}
-    found = {(cell.source, cell.signature): cell.weight for cell in cells(selections, {"a": 1.0, "c": 2.0}, {})}
-    assert found == {("a", "0 references"): 1, ("c", "0 references"): 0.5, ("c", "1 references"): 1.5}
+    found = {(cell.source, cell.group): float(cell.weight) for cell in mixture_of(selections, mix={"a": 1.0, "c": 2.0}).order.cells}
+    assert found == pytest.approx({("a", group(0)): 1 / 3, ("c", group(0)): 0.5 / 3, ("c", group(1)): 1.5 / 3})
 
 
 def test_power_goes_from_equal_shares_to_natural_ones() -> None:
@@ -398,7 +438,7 @@ def test_as_dataset_has_the_pixels_and_prompts_that_training_sees() -> None:
     found = [(batch, place) for batch in batches(mixture, 0, 3) for place in range(len(batch.keys))]
     for row, (batch, place) in zip(mixture.as_dataset(3), found, strict=True):
         assert row["prompt"] == batch.prompts[place]
-        seen = [batch.targets[place], *(reference[place] for reference in batch.references)]
+        seen = [batch.targets.tensor()[place], *(reference.tensor()[place] for reference in batch.references)]
         shown = [row["target"], *row["references"]]
         assert len(shown) == len(seen)
         for pixels, tensor in zip(shown, seen, strict=True):

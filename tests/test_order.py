@@ -7,16 +7,38 @@ import math
 import random
 import time
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from mixing.keys import key, keys, uniform
-from mixing.mixture import _Requests
-from mixing.order import Cell, Order, Quota, permute
-from mixing.shares import integers, shares, weights
+from mixing.order import Budget, Cell, Drawn, Order, permute
+from mixing.quota import Quota
+from mixing.share_out import share_out
+from mixing.shares import Ramp, integers, ramp_steps, shares, weights
 
 MIXES = 300
+
+
+def cell_of(source: str, rows: int, weight: Fraction, signature: str = "0 references", micro: int = 1, drawn_before: int = 0) -> Cell:
+    """A source whose rows are all of one class, called as its signature."""
+    return Cell(source, signature, signature, rows, weight, micro, drawn_before=drawn_before)
+
+
+def order_of(seed: int, cells: list[Cell], images: int, steps: int = 10**9, stage: str = "stage") -> Order:
+    """Steps of so many images."""
+    return Order(seed, stage, cells, Budget("images", images, images, steps))
+
+
+def by_step(drawn: Drawn, values: np.ndarray) -> list[np.ndarray]:
+    """What stands in each step."""
+    return np.split(values, drawn.starts[1:-1])
+
+
+def draws_of(order: Order, drawn: Drawn, number: int) -> np.ndarray:
+    """The draws of a cell, in order."""
+    return np.sort(drawn.draw[drawn.cell == number])
 
 
 def random_order(number: int, signatures: int) -> tuple[Order, dict[str, float]]:
@@ -33,9 +55,9 @@ def random_order(number: int, signatures: int) -> tuple[Order, dict[str, float]]
         rare = 0.001 * (len(names) - 1)
         asked = weights({names[0]: 1 - rare, **dict.fromkeys(names[1:], 0.001)}, sizes)
     micro = draw.choice([1, 2, 4, 8])
-    cells = [Cell(name, f"{draw.randrange(signatures)} references", sizes[name], weight) for name, weight in asked.items()]
+    cells = [cell_of(name, sizes[name], weight, f"{draw.randrange(signatures)} references", micro) for name, weight in asked.items()]
     total = sum(asked.values())
-    return Order(number, "stage", cells, micro * draw.choice([4, 8]), micro), {name: float(weight / total) for name, weight in asked.items()}
+    return order_of(number, cells, micro * draw.choice([4, 8])), {name: float(weight / total) for name, weight in asked.items()}
 
 
 @pytest.mark.parametrize("signatures", [1, 4])
@@ -45,16 +67,14 @@ def test_shares_hold_at_the_end_of_every_step_over_300_random_mixes(signatures: 
         steps = np.arange(400)
         counts = order.counts(steps)
         drawn = order.steps(0, 399)
-        seen = np.stack([np.bincount(cell.ravel(), minlength=len(order.cells)) for cell in drawn.cell]).cumsum(axis=0)
+        seen = np.stack([np.bincount(cell, minlength=len(order.cells)) for cell in by_step(drawn, drawn.cell)]).cumsum(axis=0)
         assert (seen == counts[1:]).all(), "the formula and the order must be one"
-        off = np.abs(counts - steps[:, None] * order.images * np.array([asked[cell.source] for cell in order.cells]))
+        off = np.abs(counts - steps[:, None] * order.budget.first * np.array([asked[cell.source] for cell in order.cells])).max(axis=0)
+        assert all(off[number] <= order.off[cell.source] + 1e-6 for number, cell in enumerate(order.cells))
         if len(order.signatures) == 1:
             assert off.max() < 2
         else:
-            per_signature = np.stack([counts[:, [c.signature == s for c in order.cells]].sum(axis=1) for s in order.signatures], axis=1)
-            wanted = [sum(asked[c.source] for c in order.cells if c.signature == s) for s in order.signatures]
-            assert np.abs(per_signature - steps[:, None] * order.images * np.array(wanted)).max() <= order.micro
-            assert off.max() <= order.micro + 2
+            assert off.max() <= order.cells[0].micro + 2
 
 
 def test_rows_come_once_an_epoch_and_unmoved_by_other_sources_and_processes_over_300_random_mixes() -> None:
@@ -63,18 +83,20 @@ def test_rows_come_once_an_epoch_and_unmoved_by_other_sources_and_processes_over
         drawn = order.steps(0, 60)
         # Draws of a cell are numbered without a gap, so that an epoch, a permutation of its rows, shows each once.
         for index, cell in enumerate(order.cells):
-            draws = np.sort(drawn.draw[drawn.cell == index])
+            draws = draws_of(order, drawn, index)
             assert (draws == np.arange(draws.size)).all()
             for first in range(0, draws.size - cell.rows + 1, cell.rows):
                 assert (np.sort(cell.row(draws[first : first + cell.rows], number)) == np.arange(cell.rows)).all()
-        # Whatever the number of processes, a step is the same micro-batches, each process taking every W-th.
-        for processes in {count for count in (2, 4) if order.micro_batches % count == 0}:
-            parts = [[(request.step, request.micro, request.cells, request.draws) for request in _Requests(order, 0, 20, rank, processes)] for rank in range(processes)]
-            assert len({len(part) for part in parts}) == 1
-            assert sorted(itertools.chain(*parts)) == [(r.step, r.micro, r.cells, r.draws) for r in _Requests(order, 0, 20, 0, 1)]
+        # Whatever the number of processes, a step is the same images, shared out whole.
+        for processes in (2, 3, 4):
+            for images in by_step(drawn, drawn.cell)[:20]:
+                parts = share_out(np.ones(len(images), dtype=np.int64), np.full(len(images), -1), processes)
+                assert (np.concatenate(parts) == np.arange(len(images))).all()
+                assert max(map(len, parts)) - min(map(len, parts)) <= 1
         # Another source in front and a renamed one leave the rows of the others where they were.
-        renamed = [Cell("another", order.cells[0].signature, 77, Fraction(1)), Cell("new name", *[getattr(order.cells[0], n) for n in ("signature", "rows", "weight")]), *order.cells[1:]]
-        changed = Order(number, "stage", renamed, order.images, order.micro)
+        first = order.cells[0]
+        renamed = [cell_of("another", 77, Fraction(1), first.signature, first.micro), cell_of("new name", first.rows, first.weight, first.signature, first.micro), *order.cells[1:]]
+        changed = order_of(number, renamed, order.budget.first)
         for before, after in zip(order.cells[1:], changed.cells[2:], strict=True):
             assert (before.row(np.arange(min(50, before.rows)), number) == after.row(np.arange(min(50, after.rows)), number)).all()
 
@@ -83,7 +105,7 @@ def test_shares_still_hold_after_a_hundred_million_steps() -> None:
     for number in range(50):
         order, asked = random_order(number, 1)
         steps = np.array([10**8, 10**8 + 7])
-        total = steps[:, None] * order.images
+        total = steps[:, None] * order.budget.first
         off = np.abs(order.counts(steps) - total * np.array([asked[cell.source] for cell in order.cells]))
         # weights whose sum exceeds 2**31 are rounded to it: a source is then off by at most that part of what was drawn
         assert off.max() < 2 + total.max() / 2**31
@@ -110,11 +132,11 @@ def test_up_to_five_signatures_are_off_by_at_most_one_micro_batch() -> None:
 
 def test_every_row_is_drawn_once_an_epoch_and_in_another_order_each_epoch() -> None:
     sizes = {"many": 997, "few": 13, "one": 1}
-    cells = [Cell(name, "0 references", rows, weight) for (name, weight), rows in zip(weights({"many": 3, "few": 1, "one": 0.1}, sizes).items(), sizes.values(), strict=True)]
-    order = Order(3, "stage", cells, 16, 4)
+    cells = [cell_of(name, rows, weight, micro=4) for (name, weight), rows in zip(weights({"many": 3, "few": 1, "one": 0.1}, sizes).items(), sizes.values(), strict=True)]
+    order = order_of(3, cells, 16)
     drawn = order.steps(0, 700)
     for number, cell in enumerate(order.cells):
-        draws = np.sort(drawn.draw[drawn.cell == number])
+        draws = draws_of(order, drawn, number)
         assert (draws == np.arange(draws.size)).all(), "draws of a source are numbered without a gap"
         rows = cell.row(draws, seed=3)
         epochs = [rows[first : first + cell.rows] for first in range(0, len(rows) - cell.rows + 1, cell.rows)]
@@ -126,7 +148,7 @@ def test_every_row_is_drawn_once_an_epoch_and_in_another_order_each_epoch() -> N
 
 def test_natural_shares_show_every_row_of_every_source_once_before_any_twice() -> None:
     sizes = {"a": 120, "b": 64, "c": 7, "d": 1}
-    order = Order(0, "stage", [Cell(name, "0 references", sizes[name], weight) for name, weight in weights("natural", sizes).items()], 16, 4)
+    order = order_of(0, [cell_of(name, sizes[name], weight, micro=4) for name, weight in weights("natural", sizes).items()], 16)
     drawn = order.steps(0, 12)
     assert drawn.draw.size == sum(sizes.values())
     for number, cell in enumerate(order.cells):
@@ -134,9 +156,9 @@ def test_natural_shares_show_every_row_of_every_source_once_before_any_twice() -
 
 
 def test_a_later_stage_goes_on_in_the_epoch() -> None:
-    cell = Cell("a", "0 references", 100, Fraction(1))
-    first = Order(0, "one", [cell], 10, 5)
-    second = Order(0, "two", [Cell("a", "0 references", 100, Fraction(1), drawn_before=60)], 10, 5)
+    cell = cell_of("a", 100, Fraction(1), micro=5)
+    first = order_of(0, [cell], 10, stage="one")
+    second = order_of(0, [cell_of("a", 100, Fraction(1), micro=5, drawn_before=60)], 10, stage="two")
     rows = np.concatenate([cell.row(first.steps(0, 6).draw.ravel(), 0), cell.row(second.steps(0, 4).draw.ravel(), 0)])
     assert sorted(rows.tolist()) == list(range(100))
 
@@ -146,8 +168,11 @@ def test_any_step_can_be_asked_for_first() -> None:
     whole = order.steps(0, 200)
     for first, number in [(0, 1), (199, 1), (37, 64), (100, 100)]:
         part = order.steps(first, number)
-        assert (part.cell == whole.cell[first : first + number]).all()
-        assert (part.draw == whole.draw[first : first + number]).all()
+        here = slice(int(whole.starts[first]), int(whole.starts[first + number]))
+        assert part.first_position == here.start
+        assert (part.starts == whole.starts[first : first + number + 1] - here.start).all()
+        for name in ("micro", "cell", "draw"):
+            assert (getattr(part, name) == getattr(whole, name)[here]).all()
 
 
 def test_position_a_billion_takes_milliseconds() -> None:
@@ -156,21 +181,21 @@ def test_position_a_billion_takes_milliseconds() -> None:
     best = math.inf
     for attempt in range(5):
         began = time.perf_counter()
-        drawn = order.steps(10**9 // order.images + attempt, 1)
+        drawn = order.steps(10**8 + attempt, 1)
         order.cells[0].row(drawn.draw.ravel(), 1)
         best = min(best, time.perf_counter() - began)
     assert best < 0.02
 
 
 def test_a_new_source_leaves_the_rows_of_the_others_in_their_order() -> None:
-    alone = Order(7, "stage", [Cell("a", "0 references", 500, Fraction(1)), Cell("b", "1 references", 300, Fraction(1))], 8, 2)
-    joined = Order(7, "stage", [Cell("new", "0 references", 50, Fraction(1)), Cell("a", "0 references", 500, Fraction(1)), Cell("b", "1 references", 300, Fraction(1))], 8, 2)
+    own = [cell_of("a", 500, Fraction(1), micro=2), cell_of("b", 300, Fraction(1), "1 references", micro=2)]
+    alone, joined = order_of(7, own, 8), order_of(7, [cell_of("new", 50, Fraction(1), micro=2), *own], 8)
     for name in ("a", "b"):
         rows = []
         for order in (alone, joined):
             number = next(i for i, cell in enumerate(order.cells) if cell.source == name)
             drawn = order.steps(0, 200)
-            draws = np.sort(drawn.draw[drawn.cell == number])[:300]
+            draws = draws_of(order, drawn, number)[:300]
             rows.append(order.cells[number].row(draws, 7))
         assert (rows[0] == rows[1]).all()
 
@@ -179,21 +204,23 @@ def test_every_micro_batch_has_one_signature() -> None:
     for number in range(30):
         order, _ = random_order(number, 3)
         signature = np.array([order.signatures.index(cell.signature) for cell in order.cells])
-        drawn = signature[order.steps(0, 50).cell]
-        assert (drawn == drawn[:, :, :1]).all()
+        drawn = order.steps(0, 50)
+        for micro, found in zip(by_step(drawn, drawn.micro), by_step(drawn, signature[drawn.cell]), strict=True):
+            assert (np.diff(micro) >= 0).all()
+            assert all(len(set(found[micro == each].tolist())) == 1 for each in set(micro.tolist()))
+            assert np.bincount(micro).max() <= order.cells[0].micro
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_get_the_same_shares_within_two_percent(processes: int) -> None:
     """A bare low-discrepancy order gives two of four ranks nothing of the first source."""
     sizes = dict.fromkeys("abc", 1000)
-    cells = [Cell(name, "0 references", 1000, weight) for name, weight in weights({"a": 50, "b": 25, "c": 25}, sizes).items()]
-    for order in (Order(1, "stage", cells, 4, 1), Order(1, "stage", [Cell(c.source, c.source, c.rows, c.weight) for c in cells], 16, 4)):
-        drawn = order.steps(0, 20_000).cell
-        for rank in range(processes):
-            own = drawn[:, rank::processes]
+    cells = [cell_of(name, 1000, weight) for name, weight in weights({"a": 50, "b": 25, "c": 25}, sizes).items()]
+    for order in (order_of(1, cells, 4), order_of(1, [cell_of(c.source, c.rows, c.weight, c.source, 4) for c in cells], 16)):
+        drawn = order.steps(0, 20_000).cell.reshape(20_000, -1)
+        for rank, own in enumerate(np.split(drawn, processes, axis=1)):
             shares_of_rank = np.bincount(own.ravel(), minlength=3) / own.size
-            assert np.abs(shares_of_rank - [0.5, 0.25, 0.25]).max() < 0.02
+            assert np.abs(shares_of_rank - [0.5, 0.25, 0.25]).max() < 0.02, rank
 
 
 def test_the_permutation_is_one() -> None:
@@ -255,3 +282,148 @@ def test_weights_are_taken_as_written() -> None:
 def test_a_mix_that_draws_nothing_is_refused(mix: dict[str, float], sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weights(mix, sizes)
+
+
+# --- buckets, levels, tokens, ramps -------------------------------------------------------------------------------------------------------
+
+
+def bucketed(number: int, unit: Literal["images", "tokens"]) -> tuple[Order, dict[str, float], dict[int, float]]:
+    """Sources of 9 aspects each, in proportions of their own, with 0 to 2 references, at one or three resolutions; micro-batches of 8,192 tokens or 4 images."""
+    draw = random.Random(number)
+    levels = draw.choice([{256: 1.0}, {256: 0.25, 512: 0.5, 768: 0.25}])
+    names = [f"source{i}" for i in range(draw.randint(2, 8))]
+    asked = {name: draw.randint(1, 50) for name in names}
+    cells = []
+    for name in names:
+        references = draw.choice([0, 0, 1, 2])
+        rows = [draw.randint(1, 1000) for _ in range(9)]
+        for level, (pixels, share) in enumerate(levels.items()):
+            for aspect in range(9):
+                tokens = (pixels // 16) ** 2 * (1 + references) - 3 * aspect + 128
+                weight = Fraction(asked[name]) * Fraction(rows[aspect], sum(rows)) * Fraction(share)
+                micro = 4 if unit == "images" else 8192 // tokens
+                cells.append(Cell(name, f"{aspect} {references}", f"{pixels} {aspect} {references}", rows[aspect], weight, max(1, micro), tokens, 0, level))
+    step = 64 if unit == "images" else 20 * max(cell.tokens for cell in cells)
+    order = Order(number, "stage", cells, Budget(unit, step, step, 10_000))
+    return order, {name: each / sum(asked.values()) for name, each in asked.items()}, dict(enumerate(levels.values()))
+
+
+def off_by(order: Order, counts: np.ndarray, asked: dict[str, float]) -> dict[str, float]:
+    """The largest |images drawn - images asked| of each source over all steps."""
+    total = counts.sum(axis=1)
+    return {name: float(np.abs(counts[:, [c.source == name for c in order.cells]].sum(axis=1) - share * total).max()) for name, share in asked.items()}
+
+
+def test_shares_over_buckets_and_resolutions_stay_within_one_micro_batch_and_two_images_over_100_random_mixes() -> None:
+    for number in range(100):
+        order, asked, levels = bucketed(number, "images")
+        counts = order.counts(np.arange(300))
+        off = off_by(order, counts, asked)
+        assert all(off[name] <= order.off[name] + 1e-6 for name in asked)
+        assert max(off.values()) <= 4 + 2
+        total = counts.sum(axis=1)
+        for level, share in levels.items():
+            own = counts[:, [cell.level == level for cell in order.cells]].sum(axis=1)
+            assert np.abs(own - share * total).max() <= 4 * len(asked)
+
+
+def test_a_step_of_tokens_is_within_five_percent_of_what_was_asked_over_100_random_mixes() -> None:
+    for number in range(100):
+        order, asked, _ = bucketed(number, "tokens")
+        counts = order.counts(np.arange(400))
+        tokens = np.diff(counts @ np.array([cell.tokens for cell in order.cells]))
+        assert np.abs(tokens / order.budget.first - 1).max() <= 0.05
+        assert all(off <= order.off[name] + 1e-6 for name, off in off_by(order, counts, asked).items())
+        assert max(off_by(order, counts, asked).values()) <= 2 * max(cell.micro for cell in order.cells)
+
+
+def test_a_bucketed_step_is_what_the_formula_counts_and_every_row_comes_once_an_epoch() -> None:
+    for number in range(40):
+        order, _, _ = bucketed(number, "tokens" if number % 2 else "images")
+        drawn = order.steps(0, 120)
+        seen = np.stack([np.bincount(cell, minlength=len(order.cells)) for cell in by_step(drawn, drawn.cell)]).cumsum(axis=0)
+        assert (seen == order.counts(np.arange(1, 121))).all()
+        signature = np.array([order.signatures.index(cell.signature) for cell in order.cells])[drawn.cell]
+        most = np.array([cell.micro for cell in order.cells])[drawn.cell]
+        for micro, found, limit in zip(by_step(drawn, drawn.micro), by_step(drawn, signature), by_step(drawn, most), strict=True):
+            assert sorted(set(micro.tolist())) == list(range(micro.max() + 1))
+            assert all(len(set(found[micro == each].tolist())) == 1 for each in range(micro.max() + 1))
+            assert (np.bincount(micro)[micro] <= limit).all()
+        for source, group in order.groups:  # over all levels together
+            own = [index for index, cell in enumerate(order.cells) if (cell.source, cell.group) == (source, group)]
+            draws = np.sort(drawn.draw[np.isin(drawn.cell, own)])
+            assert (draws == np.arange(draws.size)).all()
+
+
+def test_three_resolutions_get_a_quarter_a_half_and_a_quarter() -> None:
+    cells = [Cell("a", "square", str(pixels), 1000, Fraction(share), 4, tokens, 0, level) for level, (pixels, share, tokens) in enumerate([(256, 25, 256), (512, 50, 1024), (768, 25, 2304)])]
+    order = Order(0, "stage", cells, Budget("images", 16, 16, 1000))
+    counts = order.counts(np.arange(1001))
+    assert np.abs(counts - np.arange(1001)[:, None] * np.array([4, 8, 4])).max() <= 4
+    assert counts[1000].tolist() == [4000, 8000, 4000]
+
+
+def test_processes_share_a_steps_tokens_to_within_five_percent() -> None:
+    for number in range(30):
+        order, _, _ = bucketed(number, "tokens")
+        drawn = order.steps(0, 60)
+        for cell in by_step(drawn, drawn.cell):
+            tokens = np.array([order.cells[i].tokens for i in cell.tolist()])
+            for processes in (2, 4):
+                loads = [int(tokens[own].sum()) for own in share_out(tokens, np.full(len(tokens), -1), processes)]
+                assert max(loads) - min(loads) <= 2 * tokens.max()
+
+
+def test_a_ramp_of_shares_is_followed_to_within_a_few_images_at_every_step() -> None:
+    steps = 1000
+    mix = Ramp({"a": 8, "b": 2}, {"b": 5, "c": 5})
+    sizes = {"a": 100, "b": 300, "c": 50}
+    parts = ramp_steps(mix, sizes, steps)
+    cells = [cell_of(name, rows, Fraction(1), "x" if name != "c" else "y", 4) for name, rows in sizes.items()]
+    order = Order(1, "stage", cells, Budget("images", 16, 16, steps), [(first, [part[name] for name in sizes]) for first, part in parts])
+    way = np.arange(steps) / (steps - 1)
+    asked = 16 * np.stack([0.8 * (1 - way), 0.2 * (1 - way) + 0.5 * way, 0.5 * way], axis=1)
+    ideal = np.concatenate([np.zeros((1, 3)), asked.cumsum(axis=0)])
+    counts = order.counts(np.arange(steps + 1))
+    assert np.abs(counts - ideal).max() <= 4 + 2
+    assert order.asked(steps) == pytest.approx({"a": 0.4, "b": 0.35, "c": 0.25})
+    assert order.asked_at(0)["a"] > 0.79
+    assert order.asked_at(steps - 1)["c"] > 0.49
+    whole, part = order.steps(0, steps), order.steps(457, 300)
+    here = slice(int(whole.starts[457]), int(whole.starts[757]))
+    assert (part.cell == whole.cell[here]).all()
+    assert (part.draw == whole.draw[here]).all()
+    assert (part.starts == whole.starts[457:758] - here.start).all()
+
+
+@pytest.mark.parametrize("unit", ["images", "tokens"])
+def test_a_ramp_of_the_batch_gives_each_step_what_it_asks(unit: Literal["images", "tokens"]) -> None:
+    cells = [Cell("a", "x", "x", 100, Fraction(1), 4, 100), Cell("b", "y", "y", 100, Fraction(1), 2, 250)]
+    first, last, steps = (4, 64, 200) if unit == "images" else (5_000, 50_000, 200)
+    order = Order(1, "stage", cells, Budget(unit, first, last, steps))
+    counts = order.counts(np.arange(steps + 1))
+    held = np.diff(counts @ np.array([cell.tokens if unit == "tokens" else 1 for cell in cells]))
+    asked = np.linspace(first, last, steps)
+    assert np.abs(held - asked).max() <= (1 if unit == "images" else 250)
+    if unit == "tokens":
+        assert np.abs(held / asked - 1).max() <= 0.05
+    drawn = order.steps(150, 20)
+    assert (np.diff(drawn.starts) == np.diff(counts.sum(axis=1))[150:170]).all()
+
+
+def test_a_stage_that_draws_a_row_at_several_resolutions_shows_every_row_before_any_again() -> None:
+    cells = [Cell("a", "square", str(pixels), 120, Fraction(share), 2, 1, 0, level) for level, (pixels, share) in enumerate([(256, 1), (512, 2), (768, 1)])]
+    order = Order(5, "stage", cells, Budget("images", 8, 8, 1000))
+    drawn = order.steps(0, 45)
+    rows = order.cells[0].row(drawn.draw, 5)
+    for epoch in range(3):
+        assert sorted(rows[drawn.draw // 120 == epoch].tolist()) == list(range(120))
+
+
+def test_a_lone_row_of_a_rare_shape_is_not_put_twice_into_a_micro_batch() -> None:
+    cells = [Cell("a", "square", "512x512", 99, Fraction(99), 4), Cell("a", "strip", "1024x256", 1, Fraction(1), 4)]
+    order = Order(2, "stage", cells, Budget("images", 16, 16, 1000))
+    drawn = order.steps(0, 400)
+    for micro, cell in zip(by_step(drawn, drawn.micro), by_step(drawn, drawn.cell), strict=True):
+        assert all((cell[micro == each] == 1).sum() <= 1 for each in set(micro.tolist()))
+    assert (drawn.cell == 1).sum() == 64

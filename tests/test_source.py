@@ -95,13 +95,13 @@ class Content:
 
 
 CAPTIONED = tuple(
-    Content(f"{folder}{letter}.png", f"the letter {letter}\nin «ink»", noise(seed))
+    Content(f"{folder}{letter}.png", f"the letter {letter} in «ink»", noise(seed))
     for seed, (folder, letter) in enumerate([("", "a"), ("", "b"), ("inner/", "c"), ("inner/", "ü")])
 )
 EDITS = tuple(
     Content(
         f"out/{row}.png",
-        f"edit {row} of <img><|image_1|></img>",
+        f"edit {row} of " + " and ".join(f"<img><|image_{number}|></img>" for number in range(1, 2 + row % 3)),
         noise(row),
         tuple(noise(10 * row + k) for k in range(1, 2 + row % 3)),
     )
@@ -464,7 +464,7 @@ def test_bad_rows_of_a_jsonl_are_named_by_line(tmp_path: Path) -> None:
         (good | {"reference": ["a.png"] * 256}, "256 references; at most 255"),
         (good | {"reference": {"url": "http://x"}}, "'reference' holds a mapping"),
         (good | {"prompt": "  "}, "no prompt in 'prompt'"),
-        (good | {"prompt": ["x", "y"]}, "'prompt' holds a list, not text"),
+        (good | {"prompt": ["x", 7]}, "'prompt' holds a list with a number, not text"),
         (good | {"prompt": "\udc00"}, "not valid Unicode"),
         ({"image": "a.png"}, "no prompt in 'prompt'"),
         ("{}", "no prompt"),
@@ -597,7 +597,7 @@ def test_a_source_that_cannot_be_used_says_why_and_what_to_do(tmp_path: Path) ->
     write(tmp_path / "photos" / "a.png", GOOD)
     write(tmp_path / "photos" / "a.txt", "x")
     write(tmp_path / "tables" / "x.parquet", b"PAR1 not really PAR1")
-    write(tmp_path / "rows.json", "[]")
+    write(tmp_path / "rows.xml", "[]")
     write(tmp_path / "blank.jsonl", "\n\n")
     write(tmp_path / "broken.jsonl", "{\n")
     (tmp_path / "empty").mkdir()
@@ -608,7 +608,7 @@ def test_a_source_that_cannot_be_used_says_why_and_what_to_do(tmp_path: Path) ->
     parquet.write_table(pa.table({"image": [GOOD], "words": [3]}), tmp_path / "mixed-1.parquet")
     for path, options, reason in (
         ("photoz", {}, "no such file or folder; a source is a folder .*; did you mean 'photos'"),
-        ("rows.json", {}, "cannot be read; a source is a folder of images"),
+        ("rows.xml", {}, "cannot be read; a source is a folder of images"),
         ("empty", {}, r"holds no images \(0 files of other kinds\)"),
         ("tables", {}, r"holds no images .*; it holds 'x.parquet': name the file in `path`"),
         ("blank.jsonl", {}, "blank.jsonl holds no rows$"),
@@ -621,7 +621,7 @@ def test_a_source_that_cannot_be_used_says_why_and_what_to_do(tmp_path: Path) ->
             "task 'edit' needs references, and a folder of captioned images has none; write a metadata",
         ),
         ("photos", {"columns": {"prompt": "text"}}, "columns: a folder of captioned images has none"),
-        ("photos", {"split": "test"}, "split: only Hub datasets have one"),
+        ("photos", {"split": "test"}, "split: only Hub datasets and folders that save_to_disk wrote have one"),
         ("photos", {"task": "edits"}, r"no task 'edits' \(tasks: text_to_image, .*; did you mean 'edit'"),
         ("tables/x.parquet", {}, "x.parquet is not a readable parquet file"),
         ("tables/y.parquet", {}, "no file .*y.parquet"),

@@ -5,7 +5,10 @@ Works with any folder that diffusers' FluxPipeline reads. A folder whose VAE is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stages.cache import Cache
+from stages.digests import file_digest, folders_digest
 from stages.families.base import Text, TextCache
+from stages.problems import RunError
 
 # Full module names, matched whole. Attention of both streams, feed-forward of both, and the modulation that DiffSynth's EliGen recipe trains too.
 _ATTENTION = (
@@ -39,25 +46,94 @@ class Flux:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
 
-    def __init__(self, repo: str, revision: str | None, guidance: float | None, device: torch.device) -> None:
-        """repo, revision: a Hub id or folder. guidance: what a guidance-distilled transformer is told; 1.0 if None."""
-        self.repo, self.revision, self.device = repo, revision, device
-        encoder = torch.float32 if device.type == "cpu" else torch.bfloat16
-        kept = {} if (config := FluxPipeline.load_config(repo, revision=revision)).get("vae", [None])[0] else {"vae": None}
-        self.pipeline = FluxPipeline.from_pretrained(repo, revision=revision, transformer=None, dtype=encoder, **kept)
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None,
+        guidance: float | None,
+        device: torch.device,
+        digest: Callable[[Path], str] = file_digest,
+    ) -> None:
+        """Read the model's configs; the VAE and the text encoders are loaded at their first use.
+
+        repo, revision: a Hub id or folder. guidance: what a guidance-distilled transformer is told; 1.0 if None. digest: SHA-256 of a file, such as
+        one that remembers (`stages.digests.FileDigests`); it is asked for the encoders' files once an identity is.
+        """
+        config, commit = FluxPipeline.load_config(repo, revision=revision, return_commit_hash=True)
+        self._is_folder = Path(repo).is_dir()
+        # The encoders may be loaded hours later: by the commit that the name stands for now.
+        self.repo, self.revision, self.device = repo, revision if self._is_folder else commit or revision, device
         self.pipeline_class = str(config["_class_name"])
-        self.vae: AutoencoderKL | None = self.pipeline.vae
-        if self.vae is not None:
-            self.vae.to(device, torch.float32)
-        for encoder_module in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            encoder_module.requires_grad_(False).to(device)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
-        self.factor, self.pixel_multiple = factor, 2 * factor
+        self.encodes_images = bool((config.get("vae") or [None])[0])
+        self._digest = digest
+        self._encoder_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self._vae: AutoencoderKL | None = None
+        self._prompter: FluxPipeline | None = None
+        blocks = AutoencoderKL.load_config(repo, subfolder="vae", revision=self.revision).get("block_out_channels") if self.encodes_images else None
+        # AutoencoderKL has one block unless its config says otherwise.
+        self.factor = 2 ** (len(blocks) - 1) if blocks else 1
+        self.pixel_multiple = 2 * self.factor
         # FluxPipeline asks for 512 T5 tokens unless told otherwise; a tokenizer that allows fewer says so itself.
-        self.text_tokens = min(512, int(self.pipeline.tokenizer_2.model_max_length))
-        transformer = FluxTransformer2DModel.load_config(repo, subfolder="transformer", revision=revision)
+        self.text_tokens = min(512, int(self._read("tokenizer_2", "tokenizer_config.json").get("model_max_length", 512)))
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(repo, subfolder="scheduler", revision=self.revision)
+        transformer = FluxTransformer2DModel.load_config(repo, subfolder="transformer", revision=self.revision)
         self.guidance = (guidance if guidance is not None else 1.0) if transformer.get("guidance_embeds") else None
-        self._texts = TextCache()
+        self.texts = TextCache(device=device)
+        self.cache: Cache | None = None
+
+    @property
+    def vae(self) -> AutoencoderKL | None:
+        """The VAE in float32, loaded if it is not; None in pixel space."""
+        if self.encodes_images and self._vae is None:
+            vae = AutoencoderKL.from_pretrained(self.repo, subfolder="vae", revision=self.revision, dtype=torch.float32)
+            self._vae = vae.requires_grad_(False).to(self.device)
+        return self._vae
+
+    @property
+    def prompter(self) -> FluxPipeline:
+        """FluxPipeline with its text encoders, loaded if they are not, and without VAE and transformer."""
+        if self._prompter is None:
+            self._prompter = FluxPipeline.from_pretrained(self.repo, revision=self.revision, transformer=None, vae=None, dtype=self._encoder_dtype)
+            for encoder in (self._prompter.text_encoder, self._prompter.text_encoder_2):
+                encoder.requires_grad_(False).to(self.device)
+        return self._prompter
+
+    @property
+    def pipeline(self) -> FluxPipeline:
+        """FluxPipeline with everything but its transformer."""
+        return FluxPipeline(**{**self.prompter.components, "vae": self.vae})
+
+    def release_encoders(self) -> None:
+        """Drop the VAE and the text encoders from memory; they come back at their next use."""
+        self._vae = self._prompter = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def latents_identity(self) -> str:
+        """Which weights encode images, in which dtype, on which kind of device, in which version of `encode_images`."""
+        if not self.encodes_images:
+            return "flux pixels 1"
+        return f"flux latents 1: {self._weights('vae')} float32 {self.device.type}"
+
+    @cached_property
+    def text_identity(self) -> str:
+        """Which weights and tokenizers encode prompts, to how many tokens, in which dtype, on which kind of device, in which version of `encode_prompts`."""
+        weights = self._weights("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        return f"flux text 1: {weights} {self.text_tokens} tokens {str(self._encoder_dtype).removeprefix('torch.')} {self.device.type}"
+
+    def _weights(self, *folders: str) -> str:
+        """The model's commit on the Hub; of a folder, SHA-256 over these sub-folders. Raises RunError if the commit is not known."""
+        if self._is_folder:
+            return f"sha256 {folders_digest(Path(self.repo), folders, self._digest)}"
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise RunError(f"{self.repo}: '{self.revision or 'main'}' cannot be resolved to a commit, so it is not known what its cache holds; give the commit as model.revision")
+        return f"{self.repo}@{self.revision}"
+
+    def _read(self, folder: str, name: str) -> dict[str, Any]:
+        path = Path(self.repo, folder, name) if self._is_folder else hf_hub_download(self.repo, f"{folder}/{name}", revision=self.revision)
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content
 
     def load_transformer(self, storage: torch.dtype, weights: Path | None) -> nn.Module:
         """A frozen transformer in evaluation mode, stored in `storage`, from the model's folder or with the weights of a safetensors file."""
@@ -73,29 +149,32 @@ class Flux:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, shifted and scaled, [B, C, H / f, W / f]; the images themselves in pixel space."""
+        """The mode of the VAE's distribution, shifted and scaled, [B, C, H / f, W / f]; the images themselves in pixel space.
+
+        One image at a time: the bits of its latents do not depend on the others, so a run with half a cache is the run without one.
+        """
         images = images.to(self.device, torch.float32)
-        if self.vae is None:
+        if (vae := self.vae) is None:
             return images
-        mode: Tensor = self.vae.encode(images).latent_dist.mode()
-        latents: Tensor = (mode - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        mode = torch.cat([vae.encode(image[None]).latent_dist.mode() for image in images])
+        latents: Tensor = (mode - vae.config.shift_factor) * vae.config.scaling_factor
         return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse, clipped to [-1, 1]."""
-        if self.vae is None:
+        if (vae := self.vae) is None:
             return latents.float().clamp(-1, 1)
-        decoded: Tensor = self.vae.decode(latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor).sample
+        decoded: Tensor = vae.decode(latents.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
         return decoded.float().clamp(-1, 1)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """T5's tokens [B, L, D] and CLIP's pooled vector [B, P]."""
-        return self._texts.encode(prompts, self._encode)
+        """T5's tokens [B, L, D] and CLIP's pooled vector [B, P], one prompt at a time."""
+        return self.texts.encode(prompts, self._encode)
 
     def _encode(self, prompts: Sequence[str]) -> Text:
-        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_tokens)
+        embeds, pooled, _ = self.prompter.encode_prompt(list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.text_tokens)
         return Text(embeds, pooled)
 
     def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
@@ -132,18 +211,18 @@ class Flux:
 
     def shift(self, tokens: int) -> float:
         """exp(mu) where the scheduler shifts by the number of tokens (dev, Kontext), else its fixed shift (schnell: 1)."""
-        config = self.pipeline.scheduler.config
+        config = self.scheduler.config
         if not config.use_dynamic_shifting:
             return float(config.shift)
         return float(torch.exp(torch.tensor(self._mu(tokens), dtype=torch.float64)))
 
     def _mu(self, tokens: int) -> float:
-        config = self.pipeline.scheduler.config
+        config = self.scheduler.config
         return float(calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift))
 
     def sigmas(self, steps: int, tokens: int) -> Tensor:
         """As FluxPipeline: evenly from 1 to 1 / steps, then shifted by its scheduler."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), mu=self._mu(tokens))
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(self.device, torch.float32)
@@ -154,9 +233,9 @@ class Flux:
 
     def save_model(self, folder: Path, transformer: nn.Module) -> None:
         """The whole pipeline with this transformer in the place of its own, as a diffusers folder."""
-        self.pipeline.register_modules(transformer=transformer)
-        self.pipeline.save_pretrained(folder)
-        self.pipeline.register_modules(transformer=None)
+        pipeline = self.pipeline
+        pipeline.register_modules(transformer=transformer)
+        pipeline.save_pretrained(folder)
 
 
 def _pack(latents: Tensor) -> Tensor:

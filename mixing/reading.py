@@ -1,0 +1,145 @@
+"""Reading: a row's images as a stage sees them, scaled, cropped and mirrored, or as the latents that were made of the same before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mixing.bad_rows import BadRow, RowError, UnreadableRow
+from mixing.buckets import AS_TARGET, RowClass, Signature, Size
+from mixing.content import content_hash
+from mixing.images import UnreadableImage, decode, fit
+from mixing.keys import key, uniform
+from mixing.tasks import Cells, Pixels
+
+Picture = NDArray[np.uint8]
+"""An image [H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a row's images is seen, and whether mirrored."""
+
+    x: float = 0.5
+    """Where the part that is kept lies between left (0) and right (1)."""
+    y: float = 0.5
+    """The same between top and bottom."""
+    is_flipped: bool = False
+    """Whether left and right change places."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a plan's `augment` says; as it stands here, nothing is done to an image but the crop of its centre."""
+
+    flip: float = 0.0
+    crop: Literal["center", "random"] = "center"
+    variants: int = 1
+
+    def view(self, seed: int, source: str, row: str, epoch: int) -> View:
+        """The view of a row in an epoch: its variants take turns, and each follows from (seed, source, row, variant)."""
+        if not self.flip and self.crop == "center":
+            return View()
+        variant = epoch % self.variants
+        words = [key(seed, word, source, row, variant) for word in ("crop x", "crop y", "flip")]
+        x, y, chance = uniform(np.asarray(words, dtype=np.uint64)).tolist()
+        return View(x, y, chance < self.flip) if self.crop == "random" else View(is_flipped=chance < self.flip)
+
+
+class Latents(Protocol):
+    """Latents that were made before, by content. Goes through fork and pickling."""
+
+    def key(self, content: bytes, transform: str) -> bytes:
+        """What the latents of an image are known by. content: `content_hash` of its file. transform: what was done to its pixels."""
+
+    def get(self, key: bytes) -> NDArray[np.float32] | None:
+        """The latents, or None."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image: its pixels, or its latents."""
+
+    pixels: Picture | None
+    latents: NDArray[np.float32] | None
+    key: bytes | None
+    """What its latents are known by; None if none are kept."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that play one role in a micro-batch of B: pixels of those that are yet to be encoded, latents of the others."""
+
+    size: Size
+    pixels: torch.Tensor
+    """uint8 [P, H, W, 3], in order."""
+    latents: torch.Tensor | None
+    """float32 [B - P, C, h, w], in order; None if there are none."""
+    is_encoded: tuple[bool, ...]
+    """[B]"""
+    keys: tuple[bytes | None, ...]
+    """[B]"""
+
+    def tensor(self) -> torch.Tensor:
+        """float32 [P, 3, H, W] in [-1, 1], of those that are yet to be encoded."""
+        return to_float(self.pixels)
+
+    def __len__(self) -> int:
+        return len(self.is_encoded)
+
+    def pin_memory(self) -> Images:
+        """The same in page-locked memory, from which a GPU copies beside its work."""
+        return replace(self, pixels=self.pixels.pin_memory(), latents=self.latents if self.latents is None else self.latents.pin_memory())
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """8-bit pixels [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1], on their device, as `mixing.images.to_tensor` has them."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
+
+
+def read_row(source: str, row: str, cells: Cells, row_class: RowClass, signature: Signature, view: View, latents: Latents | None) -> list[Seen]:
+    """A row's images: the target, then the references. Raises UnreadableRow, naming the image."""
+    sizes = (signature.target, *signature.references)
+    together = (True, *(each == AS_TARGET for each in row_class.references))
+    seen = []
+    for (name, pixels), size, with_target in zip(cells.images(), sizes, together, strict=False):  # masks come after these
+        own = view if with_target else View(is_flipped=view.is_flipped)
+        try:
+            seen.append(_read(pixels, size, own, latents))
+        except (RowError, UnreadableImage, OSError) as error:
+            raise UnreadableRow(BadRow(source, row, f"{name}: {error}")) from error
+    return seen
+
+
+def _read(pixels: Pixels, size: Size, view: View, latents: Latents | None) -> Seen:
+    if latents is None:
+        return Seen(_fitted(pixels, size, view), None, None)
+    content = pixels.read_bytes() if isinstance(pixels, Path) else pixels
+    known_by = latents.key(content_hash(content), f"{size[1]}x{size[0]} at {view.x:.6f},{view.y:.6f}{' flipped' if view.is_flipped else ''} v1")
+    found = latents.get(known_by)
+    return Seen(_fitted(content, size, view) if found is None else None, found, known_by)
+
+
+def _fitted(pixels: Pixels, size: Size, view: View) -> Picture:
+    image = fit(decode(pixels, size), *size, x=view.x, y=view.y)
+    picture = np.asarray(image)
+    return np.ascontiguousarray(picture[:, ::-1]) if view.is_flipped else picture
+
+
+def gathered(size: Size, seen: Sequence[Seen]) -> Images:
+    """The images of one role of a micro-batch."""
+    pixels = [each.pixels for each in seen if each.pixels is not None]
+    ready = [each.latents for each in seen if each.latents is not None]
+    return Images(
+        size,
+        torch.from_numpy(np.stack(pixels)) if pixels else torch.empty((0, *size, 3), dtype=torch.uint8),
+        torch.from_numpy(np.stack(ready)) if ready else None,
+        tuple(each.latents is not None for each in seen),
+        tuple(each.key for each in seen),
+    )
