@@ -69,6 +69,8 @@ def survey(
     facts, rows, stored = _look_at_all(source, listing, on_bad_row, extra, True, earlier)
     stored |= {_ROWS + name: values for name, values in rows.saved().items()}
     entry = write_entry(place, {**facts, "stamp": stamp}, stored)
+    del rows, stored, earlier
+    pa.default_memory_pool().release_unused()  # Arrow would keep what the rows took while they were gathered
     return _survey(source, _rows(listing, entry), entry.facts, entry.stored)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,7 +179,7 @@ def look_at_tar(source: Source, file: str) -> None:
                     fields.update(dict.fromkeys(_fields(os.pread(stream.fileno(), member.num_bytes, member.offset))))
     except Torn as error:
         if not extensions:
-            raise Wrong(f"{quoted(file)} is cut: {error}, and no member before it is whole; copy it again") from error
+            raise Wrong(f"{quoted(os.path.basename(file))} is cut: {error}, and no member before it is whole; copy it again") from error
     except SourceError as error:
         raise Wrong(str(error)) from error
     except OSError as error:
@@ -245,10 +246,8 @@ def look_at_choice(source: Source, columns: Sequence[str]) -> None:
     """Raise Wrong if `where` or `take.column` names a column that is not there."""
     wanted: list[tuple[str, str]] = []
     if source.where is not None:
-        try:
+        with suppress(WhereError):  # told where conditions are read
             wanted += [("where", name) for name in sorted(parse(source.where).names - set(BUILT_IN))]
-        except WhereError:
-            pass  # told where conditions are read
     if source.take is not None and source.take.column is not None:
         wanted.append(("take.column", source.take.column))
     for field, name in wanted:

@@ -16,8 +16,18 @@ from mixing.columns import TASKS
 from mixing.records import SUFFIXES
 from mixing.tar_members import compression
 from stages.check_files import (
-    Wrong, first_lines, look_at_arrow, look_at_choice, look_at_parquet, look_at_records, look_at_saved, look_at_tar, object_of, pattern_files, split_of,
-)  # fmt: skip
+    Wrong,
+    first_lines,
+    look_at_arrow,
+    look_at_choice,
+    look_at_parquet,
+    look_at_records,
+    look_at_saved,
+    look_at_tar,
+    object_of,
+    pattern_files,
+    split_of,
+)
 from stages.paths import missing, place_of
 from stages.plan import Source
 from stages.problems import Problem, quoted, written

@@ -69,8 +69,8 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
         _say(console, Text(f"{index + 1}  {stage.name}", style="bold"))
         _say(console, Padding(_facts(index, stage, mixture, model), (0, 0, 0, 3)))
         _say(console, Padding(_mix(stage, mixture, images), (0, 0, 0, 3)))
-        _say(console, Padding(_buckets(stage, mixture), (0, 0, 0, 3)))
-        for warning in _about_steps(stage, mixture):
+        _say(console, Padding(_buckets(mixture, knows_tokens=model is not None), (0, 0, 0, 3)))
+        for warning in _about_steps(mixture) if model else ():
             _say(console, Padding(Text(warning, style="yellow"), (0, 0, 0, 3)))
     console.print()
     _say(console, Text("In all", style="bold"))
@@ -185,7 +185,7 @@ def _mix(stage: Stage, mixture: StageMixture, images: Mapping[str, int]) -> Tabl
 _MOST_BUCKETS = 24  # lines; the others are added up
 
 
-def _buckets(stage: Stage, mixture: StageMixture) -> Table | Text:
+def _buckets(mixture: StageMixture, *, knows_tokens: bool) -> Table | Text:
     """Shape of target and references, with what each source has in it; nothing where there is one shape."""
     counted: dict[tuple[int, Signature], Counter[str]] = {}
     for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True):
@@ -196,15 +196,16 @@ def _buckets(stage: Stage, mixture: StageMixture) -> Table | Text:
     names = list(mixture.asked)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("bucket: width x height + references", no_wrap=True)
-    table.add_column("tokens", justify="right")
+    if knows_tokens:
+        table.add_column("tokens", justify="right")
     for name in names:
         table.add_column(Text(name, overflow="fold"), justify="right")
     ranked = sorted(counted, key=lambda bucket: (bucket[0], -counted[bucket].total()))
     shown = ranked if len(ranked) <= _MOST_BUCKETS else sorted(ranked, key=lambda bucket: -counted[bucket].total())[: _MOST_BUCKETS - 1]
     for bucket in (each for each in ranked if each in shown):
-        table.add_row(str(bucket[1]), f"{tokens[bucket]:,}", *(_rows(mixture, name, counted[bucket][name]) for name in names))
+        table.add_row(str(bucket[1]), *([f"{tokens[bucket]:,}"] if knows_tokens else []), *(_rows(mixture, name, counted[bucket][name]) for name in names))
     if others := [bucket for bucket in ranked if bucket not in shown]:
-        table.add_row(f"and {len(others)} others", "", *(_rows(mixture, name, sum(counted[bucket][name] for bucket in others)) for name in names))
+        table.add_row(f"and {len(others)} others", *([""] if knows_tokens else []), *(_rows(mixture, name, sum(counted[bucket][name] for bucket in others)) for name in names))
     return table
 
 
@@ -214,7 +215,7 @@ def _rows(mixture: StageMixture, name: str, count: int) -> str:
     return "all" if mixture.selections[name].stream else f"{count:,}"
 
 
-def _about_steps(stage: Stage, mixture: StageMixture) -> Iterator[str]:
+def _about_steps(mixture: StageMixture) -> Iterator[str]:
     """What a stage's steps cannot hold to."""
     budget = mixture.budget
     largest, least = max(cell.tokens for cell in mixture.order.cells), min(budget.first, budget.last)

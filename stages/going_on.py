@@ -8,15 +8,22 @@ from typing import Any
 
 from mixing.selected import Selection
 from stages.checkpoint import Checkpoint
-from stages.plan import Plan, Stage
+from stages.plan import MixRamp, Plan, Stage
 from stages.reader import PlanError, resolved
+
+_BY_SIZE = ("repeat", "rows")  # what a mix by size heeds of a source, and shares by name do not
 
 
 def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Selection]) -> dict[str, Any]:
     """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
     whole = resolved(plan)
     own = whole["stages"][plan.stages.index(stage)]
-    drawn = [name for name in plan.sources if not isinstance(own["mix"], dict) or "power" in own["mix"] or own["mix"].get(name)]
+    mixes = [stage.mix.first, stage.mix.last] if isinstance(stage.mix, MixRamp) else [stage.mix]
+    by_size = any(not isinstance(mix, dict) for mix in mixes)
+    drawn = [name for name in plan.sources if by_size or any(isinstance(mix, dict) and mix.get(name) for mix in mixes)]
+    sources = {name: {field: value for field, value in whole["sources"][name].items() if field not in _BY_SIZE} for name in drawn}
+    if by_size:
+        sources = {name: {**fields, **{field: getattr(plan.sources[name], field) for field in _BY_SIZE}} for name, fields in sources.items()}
     return {
         "seed": plan.seed,
         "model": whole["model"],
@@ -25,7 +32,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         "start": whole.get("start"),
         "evaluate.rows": plan.evaluate.rows,
         "stage": own,
-        "sources": {name: whole["sources"][name] for name in drawn},
+        "sources": sources,
         "rows": {name: selections[name].source.fingerprint for name in drawn},
     }
 

@@ -113,19 +113,21 @@ class Source(_Word):
     """Rows of one kind from one place."""
 
     path: str
-    """A folder of images with .txt captions, or with metadata.jsonl; a .jsonl, .json or .csv file; one or more .parquet or .arrow files or
-    .tar shards (`data/*.parquet`, `data-{000..063}.tar`); a folder that `datasets` saved (`save_to_disk`); or `hub/USER/DATASET`."""
+    """A folder of images with .txt captions, or with metadata.jsonl or metadata.csv; a .jsonl, .json (a list of objects) or .csv file; one or
+    more .parquet or .arrow files or .tar shards of the webdataset layout (`data/*.parquet`, `data-{000..063}.tar`); a folder that `datasets`
+    saved (`save_to_disk`); or `hub/USER/DATASET`."""
     task: Task = "text_to_image"
     """What a row asks for. `text_to_image` uses prompt and target; `entity` also regions, each a prompt and a mask; the others use prompt, one or
     more references, and target."""
     columns: dict[Role, str | list[str]] = Field(default_factory=dict)
     """Which column plays which role, where the usual names (target: image, target, output_image; reference: reference, references,
     input_images, source; prompt: prompt, text, caption, instruction; entity_prompts: eligen_entity_prompts; entity_masks:
-    eligen_entity_masks) do not say. Several reference columns are given as a list."""
+    eligen_entity_masks) do not say. Several columns of references, or of masks, are given as a list. The columns of .tar shards are the
+    members' extensions (usually target: jpg, jpeg, png, webp; prompt: txt, caption) and the fields of a row's .json."""
     prompt: str | None = None
     """The prompt of rows that have none of their own. Without it a row without a prompt is a bad row."""
     split: str = "train"
-    """The split of a Hub dataset."""
+    """The split of a Hub dataset, or of a folder that `datasets` saved with several."""
     where: str | None = None
     """Which rows are used, as a condition on columns and image size: `width >= 512 and aspect < 2 and style in ["photo", "film"]`. Beside the
     table's own columns it knows width, height, pixels, aspect, references and prompt. Comes before `take`."""

@@ -34,7 +34,7 @@ from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
-from stages.feed import Sizes, main_shapes
+from stages.feed import Sizes, budget_of, main_shapes
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
 from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton, read_start
@@ -260,6 +260,12 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
     (folder / "stages").mkdir(exist_ok=True)
     (folder / "evaluations").mkdir(exist_ok=True)
     with _locked(folder, accelerator.is_main_process):
+        for index, stage in enumerate(plan.stages):
+            budget = budget_of(stage)
+            if budget.unit == "images" and min(budget.first, budget.last) < accelerator.num_processes:
+                least = min(budget.first, budget.last)
+                message = f"a step of {least} image{'s' if least > 1 else ''} cannot be shared by {accelerator.num_processes} processes; start fewer, or make batch larger"
+                raise PlanError.at(f"stages[{index}].batch", message)
         selections = _opened(plan, accelerator)
         model = fingerprint(plan.model)
         checkpoints: list[Checkpoint | None] = []

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import stages.evaluate
 from mixing.bad_rows import BadRow
+from mixing.buckets import Shapes
 from mixing.images import fit, to_tensor
 from mixing.keys import key
-from mixing.mixture import Selection, select
+from mixing.selected import Choice, Selection, select
 from mixing.source import open_source
 from models import tiny_flux
 from runs import make_data
@@ -68,7 +69,7 @@ def selections(world: Path) -> dict[str, Selection]:
     chosen = {}
     for name, path, task, rows in (("photos", "photos", "text_to_image", 21), ("edits", "edits/rows.jsonl", "edit", 13)):
         source = open_source(name, path=path, task=task, columns={}, prompt=None, split="train", on_bad_row="stop", root=world / "data")
-        chosen[name] = select(source, None, "random", 0, rows)
+        chosen[name] = select(source, Choice(), rows)
     return chosen
 
 
@@ -80,7 +81,7 @@ def measure(
     family: Flux, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None
 ) -> Measured:
     transformer, unreadable = family.load_transformer(torch.float32, None), [] if bad is None else bad
-    return evaluate(family, transformer, selections, resolution=8, precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append)
+    return evaluate(family, transformer, selections, shapes=Shapes(8, 2), precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append)
 
 
 def largest_difference(one: Measured, other: Measured) -> float:
@@ -149,7 +150,7 @@ def test_evaluating_leaves_every_random_generator_as_it_was(family: Watched, sel
 def test_evaluating_leaves_no_gradient_and_changes_no_weight(family: Watched, selections: dict[str, Selection]) -> None:
     model = family.load_transformer(torch.float32, None).train().requires_grad_(True)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    evaluate(family, model, selections, resolution=8, precision=FP32, seed=5, accelerator=process(), unreadable=lambda row: None)
+    evaluate(family, model, selections, shapes=Shapes(8, 2), precision=FP32, seed=5, accelerator=process(), unreadable=lambda row: None)
     assert model.training
     assert all(parameter.grad is None and parameter.requires_grad and torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
@@ -249,7 +250,7 @@ def test_a_held_out_row_that_cannot_be_read_is_left_out_and_the_others_keep_thei
     chosen = []
     for _ in range(2):
         source = open_source("photos", path="photos", task="text_to_image", columns={}, prompt=None, split="train", on_bad_row="stop", root=tmp_path / "data")
-        chosen.append({"photos": select(source, None, "random", 0, 6)})
+        chosen.append({"photos": select(source, Choice(), 6)})
     whole = measure(family, chosen[0])
     broken = next(iter(whole.losses["photos"]))
     content = (tmp_path / "data" / "photos" / broken).read_bytes()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from mixing.bad_rows import BadRow
+from mixing.buckets import RowClass, class_of
+from mixing.selected import Selection
+from mixing.source import Source
 from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable
 from stages.explain import ModelFacts, explain
 from stages.families.flux import Flux
+from stages.feed import Sizes
 from stages.model_facts import model_facts
 from stages.plan import Plan
 
@@ -34,12 +40,27 @@ PLAN = Plan.model_validate(
         ],
     }
 )  # fmt: skip
-FACTS = ModelFacts("flux", 2_000_000_000, {"fp32": 8_000_000_000, "bf16": 4_000_000_000}, (2_000_000_000, 1_000_000, 4_000_000), (16, 4, 4))
+FACTS = ModelFacts("flux", 2_000_000_000, {"fp32": 8_000_000_000, "bf16": 4_000_000_000}, (2_000_000_000, 1_000_000, 4_000_000), Sizes(16, 8))
+SQUARE, SQUARE_PAIR = class_of((2048, 2048), []), class_of((2048, 2048), [(2048, 2048)])
 
 
-def explained(plan: Plan, model: ModelFacts | None, width: int = 100) -> str:
+class NoRows:
+    """Nothing is read."""
+
+
+def selection(name: str, classes: dict[RowClass, int], bad: tuple[BadRow, ...] = (), repeat: int = 1) -> Selection:
+    none = np.empty(0, dtype=np.int32)
+    source = Source(name, "edit", none.astype(np.uint8), np.empty((0, 2), dtype=np.uint32), bad, "", NoRows())  # type: ignore[arg-type]
+    return Selection(source, {each: np.arange(rows, dtype=np.int32) for each, rows in classes.items()}, none, repeat=repeat)
+
+
+def selections_of(sizes: dict[str, int]) -> dict[str, Selection]:
+    return {name: selection(name, {SQUARE_PAIR if name == "edit" else SQUARE: rows} if rows else {}) for name, rows in sizes.items()}
+
+
+def explained(plan: Plan, model: ModelFacts | None, width: int = 100, selections: dict[str, Selection] | None = None) -> str:
     console = Console(file=io.StringIO(), width=width)
-    explain(plan, SIZES, model, console)
+    explain(plan, selections or selections_of(SIZES), model, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -48,8 +69,8 @@ def test_stages_are_explained_in_numbers() -> None:
     said = " ".join(explained(PLAN, FACTS).split())
     for part in (
         "two: models/tiny (flux, 2 B parameters), 3 stages, seed 3",
-        "1,000, each of 8 images in 2 micro-batches of 4: 8,000 images",
-        "64 x 64 pixels, 16 tokens each: 128 k target tokens",
+        "1,000, each of 8 images in micro-batches of 4: 8,000 images",
+        "at 64 pixels, 24 to 40 tokens each with references and prompt: 224 k tokens",  # 6,000 x (16 + 8) + 2,000 x (16 + 16 + 8)
         "the transformer's own weights, 2 B parameters",
         "in fp32, weights stored in fp32",
         "0 at step 0, 1e-4 from step 50 to the last",
@@ -60,10 +81,13 @@ def test_stages_are_explained_in_numbers() -> None:
         "in bf16, base stored in bf16",
         "1e-6 at step 0, 2.5e-3 from step 10, then by a cosine to 0 at step 99",
         "3.74 GiB: weights, gradients and optimizer",  # 2e9 x 2 + 1e6 x 20 bytes
-        "1, each of 1 image in one micro-batch of 1: 1 image images 32 x 32 pixels",
+        "1, each of 1 image in micro-batches of 1: 1 image images at 32 pixels, 12 tokens each",
+        "every image is 32x32 pixels",
+        "64x64 24 1,000 64x64 + 64x64 40 50",
         "1e-4 from the first step to the last",
         "t2i text_to_image 6,401 1,000 6.40",
-        "sum, 130 k target tokens 1,101 steps 8,601",
+        "sum, 231 k tokens 1,101 steps 8,601",
+        "no row of source 't2i' is refused",
     ):
         assert part in said, part
 
@@ -92,7 +116,34 @@ def test_without_a_model_tokens_and_memory_are_left_out() -> None:
 
 def test_stage_without_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="source 'edit' has no rows to train on"):
-        explain(PLAN, {**SIZES, "edit": 0}, None, Console(file=io.StringIO()))
+        explain(PLAN, selections_of({**SIZES, "edit": 0}), None, Console(file=io.StringIO()))
+
+
+def test_buckets_of_every_source_are_listed_with_their_counts_and_refused_rows_with_their_reason() -> None:
+    wide, tall = class_of((1000, 1500), []), class_of((1500, 1000), [])
+    bad = tuple(BadRow("a", f"{number}.jpg", "the file is empty") for number in range(12))
+    selections = {"a": selection("a", {SQUARE: 10, wide: 20, tall: 5}, bad), "b": selection("b", {wide: 7})}
+    stage = {"name": "only", "steps": 100, "resolution": 512, "batch": 4, "lr": 1e-4}
+    plan = Plan.model_validate({"model": "m", "sources": {"a": {"path": "a"}, "b": {"path": "b"}}, "stages": [stage]})
+    said = " ".join(explained(plan, FACTS, selections=selections).split())
+    assert "bucket: width x height + references tokens a b 624x416 1,022 20 7 512x512 1,032 10 416x624 1,022 5" in said
+    assert "12 rows of source 'a' are refused: 0.jpg: the file is empty 1.jpg: the file is empty" in said
+    assert "and 2 more" in said
+    assert "no row of source 'b' is refused" in said
+
+
+def test_resolutions_ramps_and_budgets_of_tokens_are_explained() -> None:
+    levels = [{"pixels": 256, "share": 25}, {"pixels": 512, "share": 50}, {"pixels": 768, "share": 25}]
+    mix = {"from": {"t2i": 1}, "to": {"t2i": 1, "edit": 1}}
+    stage = {"name": "only", "steps": 100, "resolution": levels, "batch": {"tokens": {"from": 32_000, "to": 64_000}}, "mix": mix, "lr": 1e-4}
+    plan = PLAN.model_copy(update={"stages": Plan.model_validate({**PLAN.model_dump(), "stages": [stage]}).stages})
+    said = " ".join(explained(plan, FACTS).split())
+    assert "100, each of 32,000 to 64,000 tokens in micro-batches of" in said
+    assert "at 256, 512 and 768 pixels, 264 to 4,616 tokens each" in said
+    assert "mix (changing over the stage) first step last step asked images rows epochs" in said
+    assert "t2i 100.00% 50.00% 73.72%" in said
+    assert "an image has up to 4,616 tokens, 14% of a step" in said
+    assert "92,320 tokens a step would be enough" in said
 
 
 @pytest.mark.parametrize("pixels", [True, False])
@@ -107,7 +158,7 @@ def test_facts_of_a_model_are_those_of_the_model_that_is_loaded(tmp_path: Path, 
     parameters = sum(parameter.numel() for parameter in base.parameters())
     add_adapter(base, plan.adapter, family.target_patterns, 0)
     trainable = tuple(sum(value.numel() for value in choose_trainable(base, stage.train, "").values()) for stage in stages)
-    assert facts == ModelFacts("flux", parameters, {"fp32": 4 * parameters, "bf16": 2 * parameters}, trainable, tuple(family.tokens(s.resolution, s.resolution) for s in stages))
+    assert facts == ModelFacts("flux", parameters, {"fp32": 4 * parameters, "bf16": 2 * parameters}, trainable, Sizes(family.pixel_multiple, family.text_tokens))
 
 
 def test_pattern_that_matches_nothing_is_an_error_of_the_facts(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mixing import folder, look, survey
+from mixing import file_rows, folder, look, survey
 from mixing.bad_rows import RowError
 from mixing.images import UnreadableImage, header_size
 from mixing.index import FORMAT, is_fresh, place_of, read_entry, state, write_entry
@@ -255,13 +255,13 @@ def test_rows_in_another_order_are_in_that_order(tmp_path: Path, looked: list[st
 
 
 def test_a_table_that_was_changed_in_many_places_stays_in_few_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_MOST_CHUNKS", 4)
+    monkeypatch.setattr(file_rows, "_MOST_CHUNKS", 4)
     write_captions(tmp_path / "photos", 20)
     for turn in range(3):
         for row in range(0, 20, 2):
             write(tmp_path / f"photos/{row:04}.txt", f"turn {turn}")
         source = opened(tmp_path, "photos")
-        assert isinstance(source.rows, folder.FileRows)
+        assert isinstance(source.rows, file_rows.FileRows)
         assert source.rows.table["key"].num_chunks <= 4
         assert all_of(source) == all_of(opened(tmp_path, "photos", index=False))
 
@@ -682,7 +682,7 @@ def test_no_process_outlives_one_that_is_interrupted_or_killed(sign: signal.Sign
         import os, sys, time
         sys.path.insert(0, "tests")
         import test_index
-        from mixing import folder, look, survey
+        from mixing import file_rows, folder, look, survey
         look.BLOCK, look.ALONE, look._processes = 8, 20, lambda waiting: 3
         def slow(row):
             if row == 40:

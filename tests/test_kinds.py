@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import multiprocessing
@@ -392,6 +393,22 @@ def test_columns_of_width_and_height_spare_the_reading_of_images(tmp_path: Path)
     assert opened(tmp_path, "z.parquet").sizes.tolist() == [[4, 7], [5, 8], [6, 9]]
 
 
+@pytest.mark.parametrize("sized", [False, True])
+def test_an_image_that_a_table_names_is_looked_at_again_once_it_has_changed(sized: bool, tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"{number}.png", encoded(noise(number)))
+    rows = [{"image": f"{number}.png", "text": "x", **({"width": 5, "height": 6} if sized else {})} for number in range(3)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    time.sleep(0.1)
+    first = opened(tmp_path, "x.parquet", index=tmp_path / "index")
+    again = opened(tmp_path, "x.parquet", index=tmp_path / "index")
+    assert (again.fingerprint, again.sizes.tolist()) == (first.fingerprint, [[6, 5]] * 3)
+    write(tmp_path / "1.png", encoded(noise(7, 8, 9)))
+    changed = opened(tmp_path, "x.parquet", index=tmp_path / "index")
+    assert changed.fingerprint != first.fingerprint
+    assert changed.sizes.tolist() == [[6, 5], [6, 5] if sized else [8, 9], [6, 5]]
+
+
 @pytest.mark.parametrize("odd", [None, 0, -3, 2**40])
 def test_a_width_that_says_nothing_is_not_believed(odd: int | None, tmp_path: Path) -> None:
     columns = {"image": [GOOD] * 2, "text": ["x"] * 2, "width": pa.array([odd, 5], pa.int64()), "height": [6, 6]}
@@ -438,6 +455,7 @@ def test_an_extra_value_that_cannot_be_compared_is_a_bad_row() -> None:
         return to_cells({"image": b"x", "text": "x", "tags": value}, "text_to_image", columns, None, Path).extra[0]
 
     assert [kept(value) for value in ("x", 1, 0.5, True, None)] == ["x", 1, 0.5, True, None]
+    assert kept(datetime.date(2024, 2, 3)) == "2024-02-03"
     for odd, said in ((["x"], "a list"), ({}, "a mapping"), (b"x", "bytes")):
         with pytest.raises(RowError, match=f"'tags' holds {said}; what can be compared is text, numbers, true and false"):
             kept(odd)

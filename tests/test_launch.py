@@ -36,7 +36,7 @@ def accelerate() -> str:
 def test_one_and_two_processes_start_by_config_file_alone_and_end_alike(world: Path, tmp_path: Path) -> None:
     plan = plan_of(world, workers=1)
     for stage in plan["stages"]:
-        stage["steps"] = 3
+        stage |= {"steps": 3, "optimizer": {"eps": 1e-2}, "precision": "fp32"}
     file = write_plan(tmp_path / "plan.yaml", plan)
     ends = []
     for config, processes in (("cpu", 1), ("cpu_2_processes", 2)):

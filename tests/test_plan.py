@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
@@ -24,6 +24,7 @@ from mixing import images as mixing_images
 from mixing import tasks as mixing_tasks
 from mixing.bad_rows import SourceError
 from stages import check_model, check_sources, columns, plan_docs
+from stages import plan as plan_types
 from stages.check import check_plan, plan_notes
 from stages.document import resolve
 from stages.families import FAMILIES
@@ -153,8 +154,8 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "negative share": ("{t2i: 1, edit: 1}", "{t2i: 1, edit: -1}", ["8:25: stages[0].mix.edit: -1 is not a number of at least 0"]),
     "no space after the colon": ("{t2i: 1, edit: 1}", "{t2i:1, edit: 1}", ["8:11: stages[0].mix: 't2i:1' has no value; write a space after the ':'"]),
     "number for text": ("{path: data/photos}", "{path: 5}", ['3:15: sources.t2i.path: 5 is not text; put it in quotes: "5"']),
-    "unknown task": ("task: edit", "task: edt", ["4:40: sources.edit.task: 'edt' is not one of text_to_image, subject, control, edit, other; did you mean 'edit'?"]),
-    "unknown role": ("task: edit", "task: edit, columns: {taget: image}", ["4:56: sources.edit.columns: 'taget' is not one of target, reference, prompt; did you mean 'target'?"]),
+    "unknown task": ("task: edit", "task: edt", ["4:40: sources.edit.task: 'edt' is not one of text_to_image, subject, control, edit, other, entity; did you mean 'edit'?"]),
+    "unknown role": ("task: edit", "task: edit, columns: {taget: image}", ["4:56: sources.edit.columns: 'taget' is not one of target, reference, prompt, entity_prompts, entity_masks; did you mean 'target'?"]),
     "bad name": ("name: expose", "name: my stage", [f"6:11: stages[0].name: 'my stage' is not {NAME}"]),
     "bad source name": ("  t2i: {", "  t 2 i: {", [f"3:3: sources: 't 2 i' is not {NAME}"]),
     "too few betas": ("batch: 4", "batch: 4\n    optimizer: {betas: [0.9]}", ["11:24: stages[0].optimizer.betas: 1 value is given; 2 are needed"]),
@@ -210,7 +211,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "takes more images than there are": ("{path: data/photos}", "{path: data/photos, take: {count: 3}}", ["3:42: sources.t2i.take.count: 3 rows are asked for, and there are 2"]),
     "takes more lines than there are": ("{path: data/photos}", "{path: data/meta, take: {count: 3}}", ["3:40: sources.t2i.take.count: 3 rows are asked for, and there are 2"]),
     "seed of the first rows": ("{path: data/photos}", "{path: data/photos, take: {count: 1, by: first, seed: 0}}", ["3:56: sources.t2i.take.seed: by: first takes rows in file order, without a seed; remove it"]),
-    "split of a folder": ("{path: data/photos}", "{path: data/photos, split: train}", ["3:28: sources.t2i.split: only a Hub dataset (hub/USER/DATASET) has splits; remove it"]),
+    "split of a folder": ("{path: data/photos}", "{path: data/photos, split: train}", ["3:28: sources.t2i.split: only a Hub dataset, or a folder that save_to_disk wrote, has splits, and train is the usual one; remove it"]),
     "half a Hub name": ("path: data/photos", "path: hub/photos", ["3:15: sources.t2i.path: 'hub/photos': a dataset of the Hub is written hub/USER/DATASET"]),
     # Model
     "missing model": ("model: models/tiny", "model: models/tin", ["1:8: model: 'models/tin' does not exist; did you mean 'tiny'?"]),
@@ -552,24 +553,29 @@ def test_reading_and_checking_take_under_a_second_and_no_torch() -> None:
 
 
 def test_check_knows_the_same_names_as_the_readers_of_sources() -> None:
-    assert columns.USUAL_NAMES == mixing_tasks.USUAL_NAMES
     assert check_sources.IMAGE_SUFFIXES == mixing_images.SUFFIXES
     assert check_sources.METADATA == mixing_folder.METADATA
-    assert {task for task, roles in mixing_tasks.TASKS.items() if not roles.references} == {"text_to_image"}
+    assert tuple(mixing_tasks.TASKS) == get_args(plan_types.Task)
+    assert get_args(mixing_tasks.Role) == get_args(plan_types.Role)
     assert check_model._FAMILY_FACTS.keys() == set(FAMILIES.values())
     schema = Plan.model_json_schema()
     assert schema["properties"]["name"]["pattern"] == NAME_PATTERN
 
 
-COLUMNS = st.sampled_from(["image", "target", "file_name", "reference", "reference_file_name", "source", "text", "prompt", "caption", "x", "x_file_names"])
-ASKED = st.dictionaries(st.sampled_from(["target", "reference", "prompt"]), COLUMNS | st.lists(COLUMNS, min_size=1, max_size=2))
+COLUMNS = st.sampled_from([
+    "image", "target", "file_name", "reference", "reference_file_name", "source", "text", "prompt", "caption", "x", "x_file_names",
+    "eligen_entity_prompts", "eligen_entity_masks", "eligen_entity_masks_file_names",
+])  # fmt: skip
+ASKED = st.dictionaries(st.sampled_from(get_args(mixing_tasks.Role)), COLUMNS | st.lists(COLUMNS, min_size=1, max_size=2))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["text_to_image", "edit"]), st.lists(COLUMNS, max_size=5, unique=True), ASKED, st.booleans())
+@given(st.sampled_from(["text_to_image", "edit", "entity"]), st.lists(COLUMNS, max_size=5, unique=True), ASKED, st.booleans())
 def test_check_of_columns_gives_the_readers_verdict(task: str, found: list[str], asked: dict[Any, Any], has_prompt: bool) -> None:
-    if task == "text_to_image":
-        asked.pop("reference", None)  # refused before any column is looked at
+    roles = mixing_tasks.TASKS[task]
+    for role, has in {"reference": roles.references, "entity_prompts": roles.regions, "entity_masks": roles.regions}.items():
+        if not has:
+            asked.pop(role, None)  # refused before any column is looked at
     try:
         mixing_tasks.choose_columns(task, found, asked, "a" if has_prompt else None)
         refused = False

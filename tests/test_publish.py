@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import stages.publish
-from mixing.mixture import MicroBatch, select
+from mixing.buckets import Shapes
+from mixing.mixture import MicroBatch
+from mixing.selected import Choice, select
 from mixing.source import open_source
 from models import tiny_flux
 from runs import launch, make_data, make_world, plan_of, write_plan
@@ -43,8 +45,8 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MicroBatch]:
     selections = {}
     for name, path, task in (("photos", "photos", "text_to_image"), ("edits", "edits/rows.jsonl", "edit")):
         source = open_source(name, path=path, task=task, columns={}, prompt=None, split="train", on_bad_row="stop", root=root)
-        selections[name] = select(source, None, "random", 0, 2)
-    return probe_batches(selections, 8)
+        selections[name] = select(source, Choice(), 2)
+    return probe_batches(selections, Shapes(8, 2))
 
 
 def plan_with(settings: Adapter, family: Flux) -> Plan:

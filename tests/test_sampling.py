@@ -15,8 +15,9 @@ from PIL import Image, ImageChops
 from torch import Tensor, nn
 
 import stages.sampling
+from mixing.buckets import Shapes
 from mixing.images import to_tensor
-from mixing.mixture import Selection, select
+from mixing.selected import Choice, Selection, select
 from mixing.source import open_source
 from models import tiny_flux
 from runs import COLOURS, make_data
@@ -68,7 +69,7 @@ def selections(world: Path) -> dict[str, Selection]:
     chosen = {}
     for name, path, task in (("photos", "photos", "text_to_image"), ("edits", "edits/rows.jsonl", "edit")):
         source = open_source(name, path=path, task=task, columns={}, prompt=None, split="train", on_bad_row="stop", root=world / "data")
-        chosen[name] = select(source, None, "random", 0, 6)
+        chosen[name] = select(source, Choice(), 6)
     return chosen
 
 
@@ -122,7 +123,7 @@ def test_sampling_visits_the_noise_levels_of_the_models_own_sampler(world: Path)
 def test_previews_are_the_first_held_out_rows_with_their_references_the_same_each_time(world: Path, selections: dict[str, Selection]) -> None:
     family = Oracle(str(world / "model"), None, None, CPU)
     state = torch.get_rng_state()
-    shown, again = (previews(family, nn.Identity(), selections, rows=2, steps=3, resolution=8, precision=FP32, seed=1, accelerator=process()) for _ in range(2))
+    shown, again = (previews(family, nn.Identity(), selections, rows=2, steps=3, shapes=Shapes(8, 2), precision=FP32, seed=1, accelerator=process()) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert [preview.source for preview in shown] == ["photos"] * 2 + ["edits"] * 2
     for preview, other in zip(shown, again, strict=True):
@@ -142,7 +143,7 @@ def test_two_processes_make_the_previews_that_one_makes(world: Path, selections:
     model = family.load_transformer(torch.float32, None)
 
     def made(accelerator: Any) -> list[Preview]:
-        return previews(family, model, selections, rows=2, steps=2, resolution=8, precision=FP32, seed=1, accelerator=accelerator)
+        return previews(family, model, selections, rows=2, steps=2, shapes=Shapes(8, 2), precision=FP32, seed=1, accelerator=accelerator)
 
     alone, parts = made(process()), []  # type: ignore[var-annotated]
     monkeypatch.setattr(stages.sampling, "gather_object", lambda found: parts.append(found) or found)

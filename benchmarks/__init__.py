@@ -1,0 +1,1 @@
+"""Benchmarks: what Medley costs, beside what others cost, in one run on the same rows."""
