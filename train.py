@@ -5,7 +5,8 @@
 Typed again, the same command goes on where it stopped: finished stages are skipped, a half-done one resumes bit for bit.
 
     python train.py PLAN --check        is the plan sound? under a second, without torch
-    python train.py PLAN --explain      what will happen: steps, images, epochs, rates, memory
+    python train.py PLAN --explain      what will happen: steps, images, buckets, epochs, rates, memory
+    python train.py PLAN --verify-cache encode a hundredth of what the cache keeps anew, and compare
     options: --set PATH=VALUE (again and again)  --out FOLDER  --until STAGE  --trace
 
 Exit code: 0 done, 1 failed, 2 the plan or the data is wrong, 130 or 143 stopped by a signal after saving.
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("plan", type=Path, metavar="PLAN", help="the plan, a YAML file")
     parser.add_argument("--check", action="store_true", help="say whether the plan is sound, and stop")
     parser.add_argument("--explain", action="store_true", help="say what will happen, and stop")
+    parser.add_argument("--verify-cache", action="store_true", help="encode a hundredth of what is kept anew, compare, and stop")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="change a field of the plan, such as stages.refine.steps=50")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (runs/NAME)")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
@@ -62,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             explain_run(read.plan, Console())
             return 0
+        if given.verify_cache:
+            from stages.quiet import quiet_libraries
+
+            quiet_libraries()
+            from stages.verify_cache import verify_cache
+
+            return 0 if verify_cache(read.plan, Console()) else 1
         return launch(read.plan, out=given.out, until=given.until, trace=given.trace)
     except PlanError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,24 +36,24 @@ class Held:
     """From open sources to the first micro-batch."""
 
 
-def mixture_of(selections: Mapping[str, Selection], *, images: int = 64, micro: int = 8, steps: int = 10**6, side: int = 256, max_aspect: float = 1.0) -> StageMixture:
-    """A stage over all rows, sources in shares of 1 / number as `mixed_shares` has them."""
+def harmonic(number: int) -> tuple[int, ...]:
+    """Shares of so many sources: the k-th gets 1 / k of what the first gets."""
+    return tuple(round(100_000 / place) for place in range(1, number + 1))
+
+
+def mixture_of(selections: Mapping[str, Selection], shares: Sequence[int], *, images: int = 64, micro: int = 8, steps: int = 10**6, max_aspect: float = 1.0) -> StageMixture:
+    """A stage over rows, at 256 x 256 pixels. shares: of the sources, in their order."""
     return StageMixture(
         selections,
-        mix=mixed_shares(list(selections)),
+        mix={name: float(share) for name, share in zip(selections, shares, strict=True)},
         seed=1,
         stage="only",
-        levels=[Level(Shapes(side, 16, max_aspect=max_aspect))],
+        levels=[Level(Shapes(256, 16, max_aspect=max_aspect))],
         budget=Budget("images", images, images, steps),
         micro=Micro(images=micro),
         tokens_of=_tokens,
         drawn_before={},
     )
-
-
-def mixed_shares(names: list[str]) -> dict[str, float]:
-    """Shares for any number of sources: the k-th gets 1 / k of what the first gets."""
-    return {name: round(1000 / number, 3) for number, name in enumerate(names, 1)}
 
 
 def measure(folder: Path, sources: int, rows: int) -> Held:
@@ -77,7 +77,7 @@ def _tokens(signature: Signature) -> int:
 
 def _first_batch(facts: Path, sources: int, kept: Path) -> StageMixture:
     opened = computed_sources(facts, [f"source-{number}" for number in range(sources)])
-    mixture = mixture_of({source.name: select(source, Choice(), 0, folder=kept) for source in opened})
+    mixture = mixture_of({source.name: select(source, Choice(), 0, folder=kept) for source in opened}, harmonic(sources))
     with closing(mixture.batches(0, 1, rank=0, processes=1, workers=0, pin_memory=False)) as reading:
         next(reading)
     return mixture

@@ -1,12 +1,12 @@
 """What the mixture costs, and what other libraries' mixing costs, side by side in one run on the same rows.
 
-    python -m benchmarks.mixing                       # in some minutes on two cores
+    python -m benchmarks.mixing                       # a few minutes on two cores
     python -m benchmarks.mixing --quick               # the same in miniature: that it runs
     options: --rows N  --seconds S  --json FILE
 
 Five tables: rows per second beside bare random reads of the same rows; positions per second of the order alone; time to the first batch far into a
-stage; memory by sources and rows; how far the images drawn are from the shares asked for. What is compared takes turns (A/B/A/B), and medians are
-shown with the lowest and the highest. Other libraries are measured where they are installed (`benchmarks.peers` says how).
+stage; memory by sources and rows; how far images drawn are from the shares asked for. What is compared takes turns (A/B/A/B); medians are shown,
+with the lowest and the highest. Other libraries are measured where they are installed (`benchmarks/peers.py` says how).
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from io import BytesIO
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,25 +25,18 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.memory import Held, measure, mixed_shares, mixture_of, per_row
-from benchmarks.peers import BATCH, PEERS, First, in_turns
+from benchmarks.memory import Held, harmonic, measure, mixture_of, per_row
+from benchmarks.peers import PEERS, First, in_turns
 from benchmarks.rows import SHARES, computed_facts, computed_sources, load_tables, make_folders, make_tables, open_folder
-from mixing.buckets import Shapes, Signature
-from mixing.images import decode, fit
-from mixing.mixture import Level, Micro, MicroBatch, StageMixture
-from mixing.order import Budget
+from benchmarks.speed import IMAGES, OURS, Speed, micro_batches, stage, throughput
+from mixing.mixture import StageMixture
 from mixing.selected import Choice, Selection, select
 
-OURS = "Medley"
-IMAGES = 64  # of a step
-ROUNDS = 7
-Picture = NDArray[np.uint8]
+AT_ONCE = 64  # steps that are worked out together, as `mixing.mixture` does
 
 
 @dataclass(frozen=True)
@@ -56,120 +46,275 @@ class Settings:
     rows: int
     """Of the tables with images."""
     seconds: float
-    """For each of what is compared in throughput, about."""
+    """For each contender in a case of throughput, about."""
+    rounds: int
     draws: int
     """Images over which shares are counted."""
     position: int
-    """Where a stage is resumed."""
+    """Where a stage is gone on with."""
     repeats: int
-    """How often the first batch is timed."""
+    """How often a first batch is timed."""
     sources: tuple[int, ...]
     lengths: tuple[int, ...]
-    """Rows of the mixtures whose memory is measured."""
+    """Rows of the mixtures whose memory is measured; the first is what the others are compared with."""
 
 
-FULL = Settings(1500, 7.0, 200_000, 1_000_000, 25, (5, 50, 500), (10**3, 10**4, 10**5, 10**6, 10**7))
-QUICK = Settings(150, 0.3, 6_400, 20_000, 5, (5, 50), (10**3, 10**5))
-
-
-# --- rows per second -------------------------------------------------------------------------------------------------------------------
+FULL = Settings(1500, 7.0, 9, 200_000, 1_000_000, 25, (5, 50, 500), (10**3, 10**5, 10**6, 10**7))
+QUICK = Settings(150, 0.3, 3, 6_400, 20_000, 5, (5, 50), (10**3, 10**5))
 
 
 @dataclass(frozen=True)
-class Lap:
-    """Some batches of one contender."""
+class Pace:
+    """How fast an order is worked out."""
 
-    rows: int
-    wall: float
-    """Seconds."""
-    cpu: float
-    """Seconds of this process, all threads."""
+    case: str
+    cells: int
+    seconds_to_make: float
+    positions_per_second: float
+    """Which source, micro-batch and draw stand there."""
+    lowest: float
+    highest: float
+    rows_per_second: float
+    """The same with the row of each draw."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Rows per second of one contender, and how often as many as bare reads of the same rows: medians over rounds, and the extremes."""
+class Deviation:
+    """The largest |images drawn of a source - its share x images drawn| of any source."""
 
     case: str
     contender: str
-    rows_per_second: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    ratio_cpu: float
-    """The same by processor time, which other processes on the machine disturb less."""
+    at_every_image: float
+    at_every_step: float
 
 
-def stage(selections: Mapping[str, Selection], side: int, steps: int) -> StageMixture:
-    """The sources in their shares, all images cropped to squares."""
-    return StageMixture(
-        selections,
-        mix={name: float(share) for name, share in SHARES.items()},
-        seed=1,
-        stage="only",
-        levels=[Level(Shapes(side, 16, max_aspect=1.0))],
-        budget=Budget("images", IMAGES, IMAGES, steps),
-        micro=Micro(images=BATCH),
-        tokens_of=_tokens,
-        drawn_before={},
-    )
+# --- the order alone --------------------------------------------------------------------------------------------------------------------
 
 
-def _tokens(signature: Signature) -> int:
-    return sum(height * width // 256 for height, width in (signature.target, *signature.references))
+@dataclass(frozen=True)
+class Case:
+    """A mixture of rows that hold no images of their own."""
+
+    name: str
+    shares: tuple[int, ...]
+    aspects: int = 1
+    references: int = 0
+    """Rows have 0 to so many."""
+
+    def mixture(self, folder: Path) -> StageMixture:
+        """A stage over 100,000 rows, divided among the sources."""
+        facts = folder / f"rows-of-{self.aspects}-{self.references}"
+        if not facts.exists():
+            computed_facts(facts, 100_000, self.aspects, self.references)
+        names = [f"source-{number}" for number in range(len(self.shares))]
+        selections = {source.name: select(source, Choice(), 0) for source in computed_sources(facts, names)}
+        return mixture_of(selections, self.shares, images=IMAGES, max_aspect=4.0)
 
 
-def micro_batches(mixture: StageMixture, first: int, last: int) -> Iterator[MicroBatch]:
-    """Of these steps, read in this process."""
-    with closing(mixture.batches(first, last, rank=0, processes=1, workers=0, pin_memory=False)) as reading:
-        yield from reading
+def order_cases(sources: Sequence[int]) -> list[Case]:
+    """The mixtures whose order is measured: the first of plain shares, and one of many shapes."""
+    plain = [Case(f"{number} sources", tuple(SHARES.values()) if number == 5 else harmonic(number)) for number in sources]
+    return [plain[0], Case("25/50/25", (25, 50, 25)), *plain[1:], Case("5 sources, 9 aspects, 0 to 2 references", tuple(SHARES.values()), 9, 2)]
 
 
-def row_numbers(batch: MicroBatch) -> list[tuple[str, int]]:
-    """The source and the number of each row: what stands at the end of its key, `train:12` or `000012.jpg`."""
-    return [(source, int(key.removesuffix(".jpg").rsplit(":", 1)[-1])) for source, key in zip(batch.sources, batch.keys, strict=True)]
-
-
-def medleys_picture(stored: Mapping[str, Any], size: tuple[int, int]) -> Picture:
-    """A stored image as Medley decodes and crops it."""
-    content = stored["bytes"] or Path(stored["path"])
-    return np.asarray(fit(decode(content, size), *size))
-
-
-def pillows_picture(stored: Mapping[str, Any], size: tuple[int, int]) -> Picture:
-    """A stored image as the shortest code would decode and crop it: no look at its format, its orientation, transparency or damage."""
-    height, width = size
-    with Image.open(BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-        image.draft("RGB", (2 * width, 2 * height))
-        colours = image.convert("RGB")
-    scale = max(width / colours.width, height / colours.height)
-    seen_width, seen_height = width / scale, height / scale
-    left, top = (colours.width - seen_width) / 2, (colours.height - seen_height) / 2
-    if scale == 1.0:
-        return np.asarray(colours.crop((int(left), int(top), int(left) + width, int(top) + height)))
-    return np.asarray(colours.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + seen_width, top + seen_height)))
-
-
-def stacked(rows: Sequence[Mapping[str, Any]], size: tuple[int, int], picture: Callable[[Mapping[str, Any], tuple[int, int]], Picture]) -> torch.Tensor:
-    """Rows as one tensor, uint8 [B, H, W, 3]."""
-    return torch.from_numpy(np.stack([picture(row["image"], size) for row in rows]))
-
-
-def throughput(case: str, mixture: StageMixture, tables: Mapping[str, datasets.Dataset], settings: Settings, folder: Path | None) -> list[Speed]:
-    """Rows per second of the mixture, and of bare `dataset[i]` of the same rows; of the others too, where there is a folder for their copies."""
-    size = mixture.signatures[0].target
+def pace(case: Case, draws: int, rounds: int, folder: Path) -> Pace:
+    """Positions per second, a few steps at a time as training works them out."""
+    case.mixture(folder)
     start = time.perf_counter()
-    for _ in micro_batches(mixture, 0, 2):  # files are in the page cache from here on
-        pass
-    length = max(1, round(settings.seconds / ROUNDS / (time.perf_counter() - start) * 2))  # steps of a round
-    batches = [row_numbers(batch) for batch in micro_batches(mixture, 0, length * ROUNDS)]
-    own: Callable[[], Iterator[Sequence[Any]]] = lambda: (batch.keys for batch in micro_batches(mixture, 0, length * ROUNDS))  # noqa: E731
-    bare = (([tables[name][row] for name, row in batch], pictures) for pictures in () for batch in batches)  # noqa: F841
-    contenders: dict[str, Iterator[Any]] = {OURS: own()}
-    for name, picture in (("bare dataset[i], the same decoding", medleys_picture), ("bare dataset[i], Pillow's own calls alone", pillows_picture)):
-        contenders[name] = (stacked([tables[source][row] for source, row in batch], size, picture) for batch in batches)
-    if folder is not None:
-        for name, peer in PEERS.items():
-            if peer.is_installed():
-                contenders[name] = (stacked(rows, size, medleys_picture) for rows in peer.read(tables, SHARES, folder))
-    return speeds(case, race(contenders, length * IMAGES // BATCH, ROUNDS))
+    made = case.mixture(folder)
+    seconds = time.perf_counter() - start
+    order, rates, row_rates = made.order, [], []
+    for turn in range(rounds):
+        first, last = turn * draws // IMAGES, (turn + 1) * draws // IMAGES
+        start = time.perf_counter()
+        drawn = [order.steps(step, min(AT_ONCE, last - step)) for step in range(first, last, AT_ONCE)]
+        rates.append(draws / (time.perf_counter() - start))
+        for part in drawn:
+            for number in np.unique(part.cell).tolist():
+                order.cells[number].row(part.draw[part.cell == number], 1)
+        row_rates.append(draws / (time.perf_counter() - start))
+    return Pace(case.name, len(order.cells), seconds, median(rates), min(rates), max(rates), median(row_rates))
+
+
+# --- the first batch --------------------------------------------------------------------------------------------------------------------
+
+
+def first_batches(selections: Mapping[str, Selection], side: int, settings: Settings, folder: Path) -> dict[str, First]:
+    """Seconds from an open source to the first batch, at the beginning of a stage and far into it."""
+
+    def ours(position: int) -> object:
+        step = position // IMAGES
+        return next(micro_batches(stage(selections, side, 10**6), step, step + 10**5))
+
+    def order_only(position: int) -> object:
+        return stage(selections, side, 10**6).order.steps(position // IMAGES, AT_ONCE)
+
+    first = {OURS: in_turns(settings.repeats, settings.position, ours), f"{OURS}, the order alone": in_turns(settings.repeats, settings.position, order_only)}
+    for name, peer in PEERS.items():
+        if peer.is_installed():
+            first[name] = peer.first(settings.repeats, settings.position, folder)
+    return first
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------------------------
+
+
+def deviation(case: str, contender: str, drawn: NDArray[np.int64], shares: NDArray[np.float64]) -> Deviation:
+    """How far a row of draws, each the number of a source, is from the shares."""
+    images = np.arange(1, len(drawn) + 1)
+    shares = shares / shares.sum()
+    every, steps = 0.0, 0.0
+    for number, share in enumerate(shares.tolist()):
+        off = np.abs(np.cumsum(drawn == number) - share * images)
+        every, steps = max(every, float(off.max())), max(steps, float(off[IMAGES - 1 :: IMAGES].max()))
+    return Deviation(case, contender, every, steps)
+
+
+def sources_drawn(made: StageMixture, draws: int) -> NDArray[np.int64]:
+    """The number of the source of each image of a stage, in order."""
+    names = list(made.selections)
+    of_cell = np.asarray([names.index(cell.source) for cell in made.order.cells])
+    steps = draws // IMAGES
+    return of_cell[np.concatenate([made.order.steps(first, min(AT_ONCE, steps - first)).cell for first in range(0, steps, AT_ONCE)])]
+
+
+def deviations(case: Case, draws: int, folder: Path) -> list[Deviation]:
+    """Ours beside the others'. They have no buckets, so rows of several shapes are ours alone."""
+    shares = np.asarray(case.shares, dtype=np.float64)
+    found = [deviation(case.name, OURS, sources_drawn(case.mixture(folder), draws), shares)]
+    for name, peer in PEERS.items():
+        if case.aspects == 1 and peer.drawn is not None and peer.is_installed():
+            found.append(deviation(case.name, name, peer.drawn(case.shares, draws, folder), shares))
+    return found
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------------------------
+
+
+def measured_speeds(settings: Settings, folder: Path) -> list[Speed]:
+    """Throughput of JPEG rows of two sizes in Arrow tables, and of the larger in folders."""
+    speeds: list[Speed] = []
+    for side in (256, 512):
+        place = folder / f"tables-{side}"
+        make_tables(place, settings.rows, side)
+        tables = load_tables(place)
+        speeds += throughput(f"{side}x{side} JPEG in Arrow", open_folder(place, folder / "index"), tables, side, settings.seconds, settings.rounds, place)
+    files = folder / "files-512"
+    named = make_folders(tables, files)
+    return speeds + throughput("512x512 JPEG files", open_folder(files, folder / "index"), named, 512, settings.seconds, settings.rounds)
+
+
+def measured_memory(settings: Settings, folder: Path) -> list[Held]:
+    """What mixtures hold, each in a process of its own."""
+    return [measure(folder, number, rows) for number in settings.sources for rows in settings.lengths]
+
+
+def run(settings: Settings, console: Console) -> dict[str, Any]:
+    """Measure everything, print a table of each part as soon as it is there, and return it all as JSON values."""
+    report: dict[str, Any] = {"machine": machine(), "settings": asdict(settings)}
+    console.print(" ".join(f"{name} {value}" for name, value in report["machine"].items()), highlight=False)
+    for name, peer in PEERS.items():
+        if not peer.is_installed():
+            console.print(f"{name}: not installed")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        report["throughput"] = speeds = measured_speeds(settings, folder)
+        console.print(speed_table(speeds))
+        cases = order_cases(settings.sources)
+        report["order"] = paces = [pace(case, settings.draws // 4, settings.rounds, folder) for case in cases]
+        console.print(pace_table(paces))
+        report["first_batch"] = first = first_batches(open_folder(folder / "tables-256", folder / "index"), 256, settings, folder)
+        console.print(first_table(first))
+        report["memory"] = held = measured_memory(settings, folder)
+        console.print(memory_table(held))
+        report["shares"] = off = [found for case in cases for found in deviations(case, settings.draws, folder)]
+        console.print(share_table(off, settings.draws))
+    report["load_at_the_end"] = os.getloadavg()
+    parts = {name: report[name] for name in ("throughput", "order", "memory", "shares")}
+    return report | {name: [asdict(each) for each in part] for name, part in parts.items()} | {"first_batch": {name: asdict(each) for name, each in first.items()}}
+
+
+def machine() -> dict[str, Any]:
+    """What it is measured on."""
+    load = " ".join(f"{each:.1f}" for each in os.getloadavg())
+    return {"python": platform.python_version(), "datasets": datasets.__version__, "numpy": np.__version__, "cores": os.cpu_count(), "load": load}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------------------------
+
+
+def speed_table(speeds: Sequence[Speed]) -> Table:
+    """Throughput."""
+    table = _table("Rows per second, one process, decoded (target: at least 0.95 of bare)", "case", "contender", "rows/s", "of bare", "lowest to highest", "by processor time")
+    for each in speeds:
+        table.add_row(each.case, each.contender, f"{each.rows_per_second:,.0f}", f"{each.ratio:.3f}", f"{each.lowest:.3f} to {each.highest:.3f}", f"{each.processor_ratio:.3f}")
+    return table
+
+
+def pace_table(paces: Sequence[Pace]) -> Table:
+    """The order alone."""
+    table = _table("The order alone, positions per second (target: at least 1,000,000)", "case", "cells", "made in", "positions/s", "lowest to highest", "with the rows")
+    for each in paces:
+        spread = f"{each.lowest:,.0f} to {each.highest:,.0f}"
+        table.add_row(each.case, str(each.cells), f"{each.seconds_to_make:.2f} s", f"{each.positions_per_second:,.0f}", spread, f"{each.rows_per_second:,.0f}")
+    return table
+
+
+def first_table(first: Mapping[str, First | None]) -> Table:
+    """The first batch."""
+    table = _table("Time to the first batch (target: at most 1.1 times)", "contender", "at 0", "position", "there", "times", "lowest to highest there")
+    for name, each in first.items():
+        if each is not None:
+            spread = f"{min(each.at_position) * 1000:.1f} to {max(each.at_position) * 1000:.1f} ms"
+            times = median(each.at_position) / median(each.at_start)
+            table.add_row(name, f"{median(each.at_start) * 1000:.1f} ms", f"{each.position:,}", f"{median(each.at_position) * 1000:.1f} ms", f"{times:.2f}", spread)
+    return table
+
+
+def memory_table(held: Sequence[Held]) -> Table:
+    """Memory. What a row costs is told from 100,000 rows on: with fewer, it is what a source costs."""
+    table = _table("Memory held by selections and mixture (target: at most 1 byte a row)", "sources", "rows", "held", "a row", "with the allocator's free memory", "most", "made in")
+    for each in held:
+        least = next(other for other in held if other.sources == each.sources)
+        a_row = f"{per_row(each, least):.2f} B" if each.rows >= 100_000 else ""
+        table.add_row(str(each.sources), f"{each.rows:,}", _megabytes(each.held), a_row, _megabytes(each.anonymous), _megabytes(each.peak), f"{each.seconds:.2f} s")
+    return table
+
+
+def share_table(off: Sequence[Deviation], draws: int) -> Table:
+    """Shares."""
+    table = _table(f"Largest |images drawn - share x images| of any source, at every prefix of {draws:,} images", "case", "contender", "after every image", f"after every {IMAGES} (a step)")
+    for each in off:
+        table.add_row(each.case, each.contender, f"{each.at_every_image:.1f}", f"{each.at_every_step:.1f}")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 1 or column == "contender" else "right")
+    return table
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mixing", description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--rows", type=int, help="rows of the tables with images")
+    parser.add_argument("--seconds", type=float, help="for each contender in a case of throughput, about")
+    parser.add_argument("--quick", action="store_true", help="in miniature: that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    asked = parser.parse_args(arguments)
+    settings = QUICK if asked.quick else FULL
+    settings = replace(settings, rows=asked.rows or settings.rows, seconds=asked.seconds or settings.seconds)
+    datasets.disable_progress_bars()
+    report = run(settings, Console(width=None if os.isatty(1) else 170))
+    if asked.json:
+        asked.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

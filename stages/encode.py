@@ -34,18 +34,20 @@ class KeptLatents:
 
 def encode(family: Family, images: Images) -> Tensor:
     """Normalised latents of the images of one role, float32 [B, C, h, w] on the family's device."""
-    made = family.encode_images(images.tensor()) if len(images.pixels) else None
-    if images.latents is None and made is not None and family.cache is None:
-        return made
-    fresh, kept = iter(() if made is None else made), iter(() if images.latents is None else images.latents.to(family.device))
+    cache = family.cache
+    if cache is None or None in images.keys:
+        assert images.latents is None
+        return family.encode_images(images.tensor())
+    pixels, kept = iter(images.tensor()), iter(() if images.latents is None else images.latents)
     latents = []
     for is_encoded, key in zip(images.is_encoded, images.keys, strict=True):
-        latents.append(next(kept) if is_encoded else next(fresh))
-        if family.cache is not None and key is not None:
-            family.cache.count("latents", is_encoded)
-            if not is_encoded:
-                family.cache.latents.put(key, {_NAME: latents[-1].cpu()})
-    return torch.stack(latents)
+        assert key is not None
+        if is_encoded:
+            cache.count("latents", is_hit=True)
+            latents.append(next(kept))
+        else:  # since it was read ahead another may have made it
+            latents.append(cache.encode_image(key, next(pixels), family.encode_images))
+    return torch.stack(latents).to(family.device)
 
 
 def kept_latents(family: Family) -> KeptLatents | None:

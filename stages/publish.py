@@ -57,7 +57,7 @@ def publish_adapter(
         shutil.copyfile(sheet, partial / "previews.png")
     (partial / "README.md").write_text(card, encoding="utf-8")
     fresh = family.load_transformer(DTYPES[storage], base)
-    family.stock_pipeline(fresh).load_lora_weights(partial, weight_name=ADAPTER_FILE)
+    family.stock_pipeline(fresh, encoders=False).load_lora_weights(partial, weight_name=ADAPTER_FILE)
     off = _largest_change(fresh, weights, (plan.adapter.alpha or plan.adapter.rank) / plan.adapter.rank)
     difference = same_outputs(saw, probe(family, fresh, batches, precision, plan.seed))
     largest = max(float(output.abs().max()) for output in saw.values())

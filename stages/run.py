@@ -31,6 +31,7 @@ from mixing.selected import Selection
 from mixing.share_out import TooFewImages
 from stages.cache import Cache
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.digests import FileDigests
 from stages.evaluate import Measured, evaluate
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
@@ -39,8 +40,9 @@ from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
 from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton, read_start
 from stages.ledger import dropped_rows
+from stages.open_cache import open_cache
 from stages.open_sources import index_folder, open_selections
-from stages.plan import Plan, Stage, in_bytes, main_resolution, resolved_storage
+from stages.plan import Plan, Stage, main_resolution, resolved_storage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
 from stages.reader import PlanError, to_yaml
 from stages.sampling import Judge, accuracy, fit_judge
@@ -126,16 +128,15 @@ class Run:
     @cached_property
     def family(self) -> Family:
         """The model without its transformer; opened when first needed, so that a finished run is answered at once."""
-        family = open_family(self.plan.model, self.accelerator.device)
         kept = self.plan.cache
-        if kept != "none" and (kept.text or (kept.latents and family.encodes_images)):
-            limit = None if kept.limit is None else in_bytes(kept.limit)
-            cache = Cache(
-                Path(kept.folder), latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=limit, writer=f"rank{self.accelerator.process_index}"
-            )
-            family.texts.stored = cache if kept.text else None
-            family.cache = cache if kept.latents and family.encodes_images else None
-            self.cache = cache
+        if kept == "none":
+            return open_family(self.plan.model, self.accelerator.device)
+        folder = Path(kept.folder)
+        family = open_family(self.plan.model, self.accelerator.device, FileDigests(folder / "digests.json").digest)
+        if kept.text or (kept.latents and family.encodes_images):
+            self.cache = open_cache(folder, family, kept, f"rank{self.accelerator.process_index}")
+            family.texts.stored = self.cache if kept.text else None
+            family.cache = self.cache if kept.latents and family.encodes_images else None
         return family
 
     @cached_property

@@ -71,6 +71,7 @@ def plan_of(world: Path, **changes: Any) -> dict[str, Any]:
         "log_every": 2,
         "workers": 0,
         "track": "none",
+        "cache": {"folder": str(world / "cache")},
     }
     return {**plan, **changes}
 

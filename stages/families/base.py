@@ -101,8 +101,8 @@ class Family(Protocol):
     def sigmas(self, steps: int, tokens: int) -> Tensor:
         """Noise levels that the model's own sampler visits, from 1 to 0, float32 [steps + 1]."""
 
-    def stock_pipeline(self, transformer: nn.Module) -> Any:
-        """The diffusers pipeline itself, `pipeline_class`, around a transformer."""
+    def stock_pipeline(self, transformer: nn.Module, *, encoders: bool = True) -> Any:
+        """The diffusers pipeline itself, `pipeline_class`, around a transformer. encoders: whether with VAE and text encoders, which are loaded for it."""
 
     def save_model(self, folder: Path, transformer: nn.Module) -> None:
         """Write the whole pipeline with this transformer as a diffusers folder."""

@@ -227,9 +227,13 @@ class Flux:
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(self.device, torch.float32)
 
-    def stock_pipeline(self, transformer: nn.Module) -> Any:
-        """FluxPipeline or FluxKontextPipeline, as model_index.json says, around a transformer."""
-        return getattr(diffusers, self.pipeline_class)(**{**self.pipeline.components, "transformer": transformer})
+    def stock_pipeline(self, transformer: nn.Module, *, encoders: bool = True) -> Any:
+        """FluxPipeline or FluxKontextPipeline, as model_index.json says, around a transformer. encoders: whether with VAE and text encoders."""
+        of_class = getattr(diffusers, self.pipeline_class)
+        if encoders:
+            return of_class(**{**self.pipeline.components, "transformer": transformer})
+        none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        return of_class(scheduler=self.scheduler, transformer=transformer, **none)
 
     def save_model(self, folder: Path, transformer: nn.Module) -> None:
         """The whole pipeline with this transformer in the place of its own, as a diffusers folder."""

@@ -10,25 +10,29 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from stages.digests import file_digest
 from stages.families import FAMILIES
 from stages.families.base import Family
 from stages.families.flux import Flux
 from stages.plan import Model
 
-_OPEN: Mapping[str, Callable[[str, str | None, float | None, torch.device], Family]] = {"flux": Flux}
+_OPEN: Mapping[str, Callable[[str, str | None, float | None, torch.device, Callable[[Path], str]], Family]] = {"flux": Flux}
 
 
 class ModelError(ValueError):
     """The plan's model cannot be trained."""
 
 
-def open_family(model: str | Model, device: torch.device) -> Family:
-    """The model's family, its frozen parts on `device`. Raises ModelError if Medley does not know the pipeline's class."""
+def open_family(model: str | Model, device: torch.device, digest: Callable[[Path], str] = file_digest) -> Family:
+    """The model's family; its frozen parts are loaded onto `device` when they are first used. digest: SHA-256 of a file of weights.
+
+    Raises ModelError if Medley does not know the pipeline's class.
+    """
     settings = model if isinstance(model, Model) else Model(repo=model)
     name = str(DiffusionPipeline.load_config(settings.repo, revision=settings.revision)["_class_name"])
     if name not in FAMILIES:
         raise ModelError(f"{settings.repo} is a {name}; Medley trains {', '.join(sorted(FAMILIES))}")
-    return _OPEN[FAMILIES[name]](settings.repo, settings.revision, settings.guidance, device)
+    return _OPEN[FAMILIES[name]](settings.repo, settings.revision, settings.guidance, device, digest)
 
 
 def fingerprint(model: str | Model) -> str:

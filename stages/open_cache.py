@@ -1,0 +1,20 @@
+"""Open the cache of what a family has encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.cache import Cache
+from stages.families.base import Family
+from stages.plan import Cache as Asked
+from stages.plan import in_bytes
+from stages.problems import PlanError
+
+
+def open_cache(folder: Path, family: Family, asked: Asked, writer: str) -> Cache:
+    """What is kept of a family's encodings. Raises PlanError if the folder cannot be made."""
+    limit = None if asked.limit is None else in_bytes(asked.limit)
+    try:
+        return Cache(folder, latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=limit, writer=writer)
+    except OSError as error:
+        raise PlanError.at("cache.folder", f"{folder} cannot be used: {error.strerror or error}; name a folder that can be written, or say cache: none") from None

@@ -1,0 +1,127 @@
+"""Verify the cache: encode a hundredth of what a plan's rows would find in it anew, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mixing.bad_rows import UnreadableRow
+from mixing.captions import plain
+from mixing.keys import key
+from mixing.order import permute
+from mixing.reading import Seen, read_row, to_float
+from mixing.selected import Selection
+from mixing.tasks import without_placeholders
+from stages.cache import Verified, verify
+from stages.digests import FileDigests
+from stages.encode import KeptLatents
+from stages.families.base import Family
+from stages.families.open import open_family
+from stages.feed import shapes_at
+from stages.open_cache import open_cache
+from stages.open_sources import open_selections
+from stages.plan import Plan, resolved_levels
+from stages.problems import PlanError
+
+PART = 0.01
+"""Which part of a source's rows is looked at."""
+_LEAST = 8  # rows of each source
+
+Entry = tuple[bytes, Callable[[], Mapping[str, Tensor]]]
+
+
+class _Nothing:
+    """A cache that holds nothing, so that rows are read as pixels, with the keys that their latents are known by."""
+
+    def __init__(self, kept: KeptLatents) -> None:
+        self.kept = kept
+
+    def key(self, content: bytes, transform: str) -> bytes:
+        return self.kept.key(content, transform)
+
+    def get(self, key: bytes) -> None:
+        return None
+
+
+def verify_cache(plan: Plan, console: Console) -> bool:
+    """Look at some rows of every source, as every stage sees them; say what was found, and whether all of it is what the encoders make.
+
+    Raises PlanError if the plan keeps nothing, or if a source cannot be opened.
+    """
+    if plan.cache == "none":
+        raise PlanError.at("cache", "'none' keeps nothing that could be verified")
+    folder = Path(plan.cache.folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = open_family(plan.model, device, FileDigests(folder / "digests.json").digest)
+    cache = open_cache(folder, family, plan.cache, "verify")
+    selections = open_selections(plan, Path.cwd())
+    tolerance = 1e-5 if device.type == "cpu" else 2e-2
+    sound = True
+    found: dict[str, Verified] = {}
+    if plan.cache.latents and family.encodes_images:
+        found["latents"] = verify(cache.latents, _latents(plan, family, selections, _Nothing(KeptLatents(cache))), fraction=1.0, tolerance=tolerance)
+    if plan.cache.text:
+        found["text"] = verify(cache.texts, _texts(plan, family, selections), fraction=1.0, tolerance=tolerance)
+    for kind, result in found.items():
+        sound &= not result.different
+        verdict = "all as they were kept" if not result.different else f"[red]{len(result.different)} differ[/red]: {', '.join(result.different[:5])}"
+        console.print(f"{kind}: {result.checked:,} entries encoded anew, {verdict} (largest difference {result.largest:.1g} of an entry's largest value); {result.missing:,} not kept yet", highlight=False)
+    if not sound:
+        console.print(f"delete {folder} to encode everything anew", highlight=False)
+    cache.close()
+    return sound
+
+
+def _rows(plan: Plan, selection: Selection) -> list[int]:
+    """Some of a source's rows, training and held out, chosen by key."""
+    own = [np.asarray(rows) for rows in selection.training.values()] if selection.stream is None else []
+    rows = np.concatenate([*own, selection.held_out]).astype(np.int64)
+    number = min(len(rows), max(_LEAST, round(len(rows) * PART)))
+    return [int(row) for row in rows[permute(np.arange(number), len(rows), key(plan.seed, "verify", selection.source.name))]] if number else []
+
+
+def _latents(plan: Plan, family: Family, selections: Mapping[str, Selection], nothing: _Nothing) -> Iterator[Entry]:
+    for name, selection in selections.items():
+        for row in _rows(plan, selection):
+            row_class, row_key = selection.class_of(row), selection.source.key(row)
+            views = {selection.augmentation.view(plan.seed, name, row_key, epoch) for epoch in range(selection.augmentation.variants)}
+            signatures = {shapes_at(stage, level.pixels, family.pixel_multiple).signature(row_class) for stage in plan.stages for level in resolved_levels(stage)}
+            for signature in sorted(signatures):
+                for view in sorted(views, key=repr):
+                    try:
+                        seen = read_row(name, row_key, selection.cells(row), row_class, signature, view, nothing)
+                    except UnreadableRow:
+                        continue  # the run names it
+                    for each in seen:
+                        assert each.key is not None
+                        yield each.key, partial(_encoded, family, each)
+
+
+def _encoded(family: Family, seen: Seen) -> dict[str, Tensor]:
+    assert seen.pixels is not None
+    return {"latents": family.encode_images(to_float(torch.from_numpy(np.asarray(seen.pixels).copy())[None]))[0]}
+
+
+def _texts(plan: Plan, family: Family, selections: Mapping[str, Selection]) -> Iterator[Entry]:
+    from mixing.content import text_key
+
+    for selection in selections.values():
+        for row in _rows(plan, selection):
+            try:
+                prompts = selection.cells(row).prompts
+            except UnreadableRow:
+                continue
+            for prompt in prompts:
+                text = without_placeholders(plain([prompt], selection.captions))
+                yield text_key(text, family.text_identity), partial(_text, family, text)
+
+
+def _text(family: Family, prompt: str) -> dict[str, Tensor]:
+    text = family.encode_prompts([prompt])
+    return {"embeds": text.embeds[0], "pooled": text.pooled[0]}
