@@ -36,6 +36,7 @@ Waiting = Callable[[float, str], None]
 
 _AHEAD = 1  # whole windows that wait to be used
 _KEPT = 4096  # windows whose starts are remembered behind the last one read
+_SPARES = 4  # rows of a window that can stand in for another one of it
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class LaneRow(NamedTuple):
     """What it holds, images not decoded."""
     epoch: int
     """How often the lane has been through its rows before."""
+    instead: tuple[tuple[str, Cells], ...] = ()
+    """Keys and contents of other rows of its window, should its images turn out to be broken: the same wherever the lane is read from."""
 
 
 class LaneReader:
@@ -196,6 +199,7 @@ class _Lane:
         self.source, self.number = source, number
         self._start, self._read, self._on_bad, self._stalled, self._stalled_after = start, read, on_bad, stalled, stalled_after
         self._rows: list[tuple[str, Cells] | None] = []  # of the window that rows are taken from; None: taken
+        self._spares: tuple[tuple[str, Cells], ...] = ()
         self._first, self._epoch, self._next = start.index, start.epoch, start.index
         self._changed = threading.Condition()  # guards what follows
         self._ready: deque[Window] = deque()
@@ -217,6 +221,7 @@ class _Lane:
         while index >= self._first + len(self._rows):
             window = self._take()
             self._rows, self._first, self._epoch = list(window.rows), window.start.index, window.start.epoch
+            self._spares = window.rows[:_SPARES]
             for bad in window.bad:
                 self._on_bad(bad)
         taken = self._rows[index - self._first]
@@ -224,7 +229,7 @@ class _Lane:
         for passed in range(max(self._next, self._first), index + 1):
             self._rows[passed - self._first] = None
         self._next = index + 1
-        return LaneRow(*taken, self._epoch)
+        return LaneRow(*taken, self._epoch, tuple(spare for spare in self._spares if spare is not taken))
 
     def state(self, index: int) -> State:
         with self._changed:

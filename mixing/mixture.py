@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _SAMPLED_AT_ONCE = 64  # steps whose order is worked out together
 _ATTEMPTS = 100  # rows tried in the place of one that cannot be decoded
 _MESSAGE = 4 * 2**20  # bytes of pixels that a worker hands over together
-_SHARED = 2**20  # bytes of a message from which it goes by shared memory; smaller ones are quicker by the pipe (figures in docs/log.md)
 
 
 class TooManyBadRows(ValueError):
@@ -50,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Micro:
-    """What a micro-batch may hold, one forward and backward pass of one process: so many images, or so many tokens."""
+    """What a micro-batch may hold, one forward and backward pass of one process: so many images, so many tokens, or no more than either."""
 
     images: int | None = None
     tokens: int | None = None
@@ -108,7 +107,7 @@ def cells(
                     raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, and a micro-batch at most {micro.tokens:,}; raise batch.micro.tokens to that, or lower the resolution")
                 if budget.unit == "tokens" and tokens > least:
                     raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, more than a step ({least:,}); raise batch.tokens, or lower the resolution")
-                fitting = micro.images if micro.images is not None else (micro.tokens or tokens) // tokens
+                fitting = min(micro.images or 2**31, 2**31 if micro.tokens is None else micro.tokens // tokens)
                 share = weight * Fraction(len(own), rows) * Fraction(repr(float(level.share)))
                 cell = Cell(name, row_class.name, str(signature), len(own), share, fitting, tokens, drawn_before.get((name, row_class.name), 0), number)
                 made.append((cell, row_class, signature))
@@ -140,6 +139,8 @@ class _Read:
     images: tuple[Images, ...]
     """The targets, then the first references, and so on."""
     bad: tuple[BadRow, ...]
+    broken: tuple[int, ...] = ()
+    """Which of its images came from a stream and could not be decoded: it is to be read again with others in their place."""
 
 
 class StageMixture(Dataset[list[_Read]]):
@@ -194,14 +195,15 @@ class StageMixture(Dataset[list[_Read]]):
 
     def __getitem__(self, requests: Any) -> list[_Read]:
         """Read and decode the images of requests, which `batches` makes. A row that cannot be decoded is replaced by another of its group."""
-        return _by_the_best_way([self._read(request) for request in requests])
+        return [self._read(request) for request in requests]
 
     def _read(self, request: _Request) -> _Read:
         bad: list[BadRow] = []
         keys: list[str] = []
         prompts: list[str] = []
         rows: list[list[Seen]] = []
-        for number, draw, given in zip(request.cells, request.draws, request.given, strict=True):
+        broken: list[int] = []
+        for place, (number, draw, given) in enumerate(zip(request.cells, request.draws, request.given, strict=True)):
             for attempt in range(_ATTEMPTS if given is None else 1):
                 try:
                     name, text, seen = self._row(number, draw, attempt, given)
@@ -209,16 +211,19 @@ class StageMixture(Dataset[list[_Read]]):
                 except UnreadableRow as error:
                     bad.append(error.bad_row)
             else:
-                if given is None or not rows:
+                if given is None:
                     return _Read(request, (), (), (), tuple(bad))  # not raised here: through a worker's pipe it would bring its traceback along
-                name, text, seen = keys[-1], prompts[-1], rows[-1]  # a stream gives its rows once: the one before stands in
+                broken.append(place)
+                continue
             keys.append(name)
             prompts.append(text)
             rows.append(seen)
+        if broken:
+            return _Read(request, (), (), (), tuple(bad), tuple(broken))
         signature = self.signatures[request.cells[0]]
         sizes = (signature.target, *signature.references)
         images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*rows, strict=True), strict=True))
-        return _Read(request, tuple(keys), tuple(prompts), images, tuple(bad))
+        return _Read(replace(request, given=()), tuple(keys), tuple(prompts), images, tuple(bad))  # what a stream gave need not go back through a worker's pipe
 
     def _row(self, number: int, draw: int, attempt: int, given: tuple[str, Cells, int] | None) -> tuple[str, str, list[Seen]]:
         """Key, prompt and images of the row that a draw gets, or if that one was tried already, of another of its group. Raises UnreadableRow."""
@@ -234,6 +239,25 @@ class StageMixture(Dataset[list[_Read]]):
         view = selection.augmentation.view(self.seed, cell.source, name, epoch)
         seen = read_row(cell.source, name, held, self._classes[number], self.signatures[number], view, self.latents)
         return name, without_placeholders(caption(held.prompts, selection.captions, seed=self.seed, source=cell.source, row=name, epoch=epoch)), seen
+
+    def _mended(self, read: _Read, spares: Mapping[int, Iterator[tuple[str, Cells]]]) -> _Read:
+        """A micro-batch read again, with spares in the place of the stream's rows that could not be decoded. Raises TooManyBadRows.
+
+        spares: of each position, the rows that can stand in.
+        """
+        while read.broken:
+            given = list(read.request.given)
+            for place in read.broken:
+                was = given[place]
+                assert was is not None
+                spare = next(spares[read.request.positions[place]], None)
+                if spare is None:
+                    bad = read.bad[-1]
+                    raise TooManyBadRows(f"source '{bad.source}': a row and those that could stand in its place cannot be read; the last: {bad.key}: {bad.reason}")
+                given[place] = (*spare, was[2])
+            again = self._read(replace(read.request, given=tuple(given)))
+            read = replace(again, bad=(*read.bad, *again.bad))
+        return read
 
     def _micro_batch(self, read: _Read) -> MicroBatch:
         request = read.request
@@ -263,10 +287,11 @@ class StageMixture(Dataset[list[_Read]]):
         There is no state: to resume, ask for the step at which training stands. lanes: an open reader of this process's lanes of each stream.
         Close it (`contextlib.closing`), and the workers are gone.
         """
+        requests = _Requests(self, first_step, last_step, rank, processes, lanes or {})
         loader = DataLoader(
             self,
             batch_size=None,
-            sampler=_Requests(self, first_step, last_step, rank, processes, lanes or {}),
+            sampler=requests,
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=4 if workers else None,
@@ -280,6 +305,9 @@ class StageMixture(Dataset[list[_Read]]):
                 leaving.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
             for message in iterator:
                 for read in message:
+                    spares = {position: iter(requests.spares.pop(position, ())) for position in read.request.positions}
+                    if read.broken:
+                        read = self._mended(read, spares)
                     if not read.keys:
                         last = read.bad[-1]
                         raise TooManyBadRows(f"source '{last.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {last.key}: {last.reason}")
@@ -322,6 +350,8 @@ class _Requests(Sampler[tuple[_Request, ...]]):
 
     def __init__(self, mixture: StageMixture, first: int, last: int, rank: int, processes: int, lanes: Mapping[str, LaneReader]) -> None:
         self.mixture, self.first, self.last, self.rank, self.processes, self.lanes = mixture, first, last, rank, processes, lanes
+        self.spares: dict[int, tuple[tuple[str, Cells], ...]] = {}
+        """Of each position that a stream's row was asked for: what can stand in for it. They stay in this process."""
 
     def __iter__(self) -> Iterator[tuple[_Request, ...]]:
         for start in range(self.first, self.last, _SAMPLED_AT_ONCE):
@@ -342,7 +372,9 @@ class _Requests(Sampler[tuple[_Request, ...]]):
         if lanes:  # a lane gives its rows in the order of their numbers
             for place in sorted(own.tolist(), key=lambda place: int(draw[place])):
                 if (name := order.cells[int(cell[place])].source) in lanes:
-                    given[place] = self.lanes[name].draw(int(draw[place]))
+                    row = self.lanes[name].draw(int(draw[place]))
+                    given[place] = (row.key, row.cells, row.epoch)
+                    self.spares[drawn.first_position + begin + place] = row.instead
         numbers = np.unique(micro[own]).tolist()
         for number in numbers:
             places = own[micro[own] == number].tolist()
@@ -375,10 +407,6 @@ class _Requests(Sampler[tuple[_Request, ...]]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _by_the_best_way(message: list[_Read]) -> list[_Read]:
-    return message
 
 
 _LAST_SECONDS = 30

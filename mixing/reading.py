@@ -18,6 +18,8 @@ from mixing.images import UnreadableImage, decode, fit
 from mixing.keys import key, uniform
 from mixing.tasks import Cells, Pixels
 
+_SHARED = 2**20  # bytes from which images go by shared memory (figures in docs/log.md)
+
 Picture = NDArray[np.uint8]
 """An image [H, W, 3]."""
 
@@ -93,9 +95,20 @@ class Images:
     def __len__(self) -> int:
         return len(self.is_encoded)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """From a worker, small ones go by the pipe, as numpy arrays; torch would put them into shared memory, and that is worth it for large ones only."""
+        small = self.pixels.nbytes + (0 if self.latents is None else self.latents.nbytes) < _SHARED
+        pixels, latents = (part.numpy() if small and part is not None else part for part in (self.pixels, self.latents))
+        return _images, (self.size, pixels, latents, self.is_encoded, self.keys)
+
     def pin_memory(self) -> Images:
         """The same in page-locked memory, from which a GPU copies beside its work."""
         return replace(self, pixels=self.pixels.pin_memory(), latents=self.latents if self.latents is None else self.latents.pin_memory())
+
+
+def _images(size: Size, pixels: torch.Tensor | Picture, latents: torch.Tensor | NDArray[np.float32] | None, is_encoded: tuple[bool, ...], keys: tuple[bytes | None, ...]) -> Images:
+    latents = torch.from_numpy(latents) if isinstance(latents, np.ndarray) else latents
+    return Images(size, torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels, latents, is_encoded, keys)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -121,7 +134,7 @@ def _read(pixels: Pixels, size: Size, view: View, latents: Latents | None) -> Se
     if latents is None:
         return Seen(_fitted(pixels, size, view), None, None)
     content = pixels.read_bytes() if isinstance(pixels, Path) else pixels
-    known_by = latents.key(content_hash(content), f"{size[1]}x{size[0]} at {view.x:.6f},{view.y:.6f}{' flipped' if view.is_flipped else ''} v1")
+    known_by = latents.key(content_hash(content), f"{size[1]}x{size[0]} at {view.x:.17g},{view.y:.17g}{' flipped' if view.is_flipped else ''} v1")
     found = latents.get(known_by)
     return Seen(_fitted(content, size, view) if found is None else None, found, known_by)
 

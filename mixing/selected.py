@@ -104,7 +104,7 @@ def select(source: Source, choice: Choice, held_out: int, *, captions: CaptionRu
     asked = choice.count if choice.count is not None else choice.fraction
     is_chosen = asked is not None or choice.where is not None
     hashes = row_hashes(name, _keys(source, taken)) if is_chosen or min(held_out, len(taken) // 10) else np.empty(0, dtype=np.uint64)
-    record = selection_record(by=choice.by, column=choice.column, seed=choice.seed, where=choice.where, asked=asked, of=len(candidates), hashes=hashes) if is_chosen else {}
+    record = selection_record(by=choice.by, column=choice.column, seed=choice.seed, where=choice.where, asked=asked, of=len(candidates), hashes=hashes) | {"source_rows": of} if is_chosen else {}
     apart = held_out_rows(taken, hashes, held_out)
     training = taken[~np.isin(taken, apart, assume_unique=True)] if len(apart) else taken
     index, classes = classify(np.asarray(source.sizes), np.asarray(source.num_references), np.asarray(source.reference_sizes))

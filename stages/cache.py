@@ -59,6 +59,7 @@ class Cache:
         self.count("latents", False)
         latents = encode(image[None])[0].cpu()
         self.latents.put(key, {_LATENTS: latents})
+        self._stop_together()
         return latents
 
     def text(self, prompt: str) -> Text | None:
@@ -70,11 +71,14 @@ class Cache:
     def keep_text(self, prompt: str, text: Text) -> None:
         """Keep an encoded prompt, embeds [L, D] and pooled [P]."""
         self.texts.put(text_key(prompt, self.text_identity), {_EMBEDS: text.embeds, _POOLED: text.pooled})
+        self._stop_together()
 
     def flush(self) -> None:
         """Write what was kept, so that other processes and later runs find it."""
         self.latents.flush()
+        self._stop_together()
         self.texts.flush()
+        self._stop_together()
 
     def refresh(self) -> None:
         """See what other processes have written."""
@@ -83,8 +87,14 @@ class Cache:
 
     def close(self) -> None:
         """Flush, and close every file."""
+        self.flush()
         self.latents.close()
         self.texts.close()
+
+    def _stop_together(self) -> None:
+        """Where one kind cannot be written, the other is not tried: a full disk is one warning."""
+        if not (self.latents.is_writing and self.texts.is_writing):
+            self.latents.is_writing = self.texts.is_writing = False
 
     def take_warnings(self) -> list[str]:
         """What went wrong since the last call; none of it stops a run."""

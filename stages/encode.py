@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mixing.reading import Images
+from mixing.content import content_hash
+from mixing.reading import Images, to_float
 from stages.cache import Cache
 from stages.families.base import Family
 
@@ -35,19 +36,25 @@ class KeptLatents:
 def encode(family: Family, images: Images) -> Tensor:
     """Normalised latents of the images of one role, float32 [B, C, h, w] on the family's device."""
     cache = family.cache
-    if cache is None or None in images.keys:
+    if cache is None:
         assert images.latents is None
         return family.encode_images(images.tensor())
-    pixels, kept = iter(images.tensor()), iter(() if images.latents is None else images.latents)
+    pixels, kept = iter(images.pixels), iter(() if images.latents is None else images.latents)
     latents = []
     for is_encoded, key in zip(images.is_encoded, images.keys, strict=True):
-        assert key is not None
         if is_encoded:
             cache.count("latents", is_hit=True)
             latents.append(next(kept))
         else:  # since it was read ahead another may have made it
-            latents.append(cache.encode_image(key, next(pixels), family.encode_images))
+            picture = next(pixels)
+            latents.append(cache.encode_image(key or _key_of_pixels(cache, picture), to_float(picture[None])[0], family.encode_images))
     return torch.stack(latents).to(family.device)
+
+
+def _key_of_pixels(cache: Cache, picture: Tensor) -> bytes:
+    """What the latents of an image that was read without a cache are known by: its pixels, uint8 [H, W, 3]. The fixed inputs of a handoff are."""
+    height, width, _ = picture.shape
+    return cache.latents_key(content_hash(picture.numpy().tobytes()), f"{width}x{height} pixels v1")
 
 
 def kept_latents(family: Family) -> KeptLatents | None:

@@ -14,7 +14,10 @@ from mixing.selected import Selection
 from mixing.shares import Mix, Ramp
 from stages.plan import Change, MicroTokens, MixRamp, Stage, main_resolution, resolved_batch, resolved_levels
 
-_MICRO = 4  # images of a micro-batch, or so many of the largest in tokens, where the plan does not say
+# Where the plan does not say, a micro-batch has at most so many images, or as many tokens as so many of the largest ...
+_MICRO = 4
+# ... and then at most so many images: a source's share is kept to within a micro-batch.
+_MOST = 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def mix_of(stage: Stage) -> Mix | Ramp:
 
 
 def micro_of(stage: Stage, selections: Mapping[str, Selection], sizes: Sizes) -> Micro:
-    """What a micro-batch may hold: what the plan says, or four images, or with a budget of tokens as many tokens as the four largest images have."""
+    """What a micro-batch may hold: what the plan says; or four images; or with a budget of tokens as many as the four largest images have, and 16 images."""
     batch = resolved_batch(stage)
     if isinstance(batch.micro, MicroTokens):
         return Micro(tokens=batch.micro.tokens)
@@ -72,7 +75,7 @@ def micro_of(stage: Stage, selections: Mapping[str, Selection], sizes: Sizes) ->
         return Micro(images=_MICRO)
     shapes = [shapes_at(stage, level.pixels, sizes.multiple) for level in resolved_levels(stage)]
     largest = max(sizes.tokens(each.signature(row_class)) for selection in selections.values() for row_class in selection.training for each in shapes)
-    return Micro(tokens=_MICRO * largest)
+    return Micro(_MOST, _MICRO * largest)
 
 
 def stage_mixture(

@@ -26,7 +26,7 @@ from stages.handoff import probe, probe_batches
 from stages.ledger import ledger_entry
 from stages.objectives.flow import Density
 from stages.optim import Average, optimizer_state
-from stages.plan import Stage, main_resolution, resolved_batch, resolved_levels, resolved_storage
+from stages.plan import Stage, main_resolution, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stages.open_lanes import Lanes
 
 _MOST_BAD = 0.01
+_FEW = 1000  # drawn rows of a stream before which a few bad ones may be chance
 
 
 class TrainingError(RunError):
@@ -216,14 +217,17 @@ class Leg:
         if self.run.accelerator.num_processes > 1:
             for source, row, reason in gather_object([(source, row, reason) for source, rows in self.bad.items() for row, reason in rows.items()]):
                 self.bad.setdefault(source, {})[row] = reason
+        drawn = self.mixture.order.drawn_after(self.step)
         for name, rows in self.bad.items():
-            source = self.run.selections[name].source
+            selection = self.run.selections[name]
+            source = selection.source
             for row, reason in rows.items():
                 if (name, row) not in self.named_rows:
                     self.named_rows.add((name, row))
                     self.run.log.warn(f"source '{name}': {row}: {reason}; it is left out", self.stage.name, self.step)
-            number, of = len(rows) + len(source.bad), len(source) + len(source.bad)
-            if self.run.plan.sources[name].on_bad_row == "stop" or number > _MOST_BAD * of:
+            number = len(rows) + len(source.bad)
+            of = len(source) + len(source.bad) if selection.stream is None else sum(count for (drawn_of, _), count in drawn.items() if drawn_of == name)
+            if self.run.plan.sources[name].on_bad_row == "stop" or number > _MOST_BAD * (of if selection.stream is None else max(of, _FEW)):
                 raise PlanError.at(f"sources.{name}", f"{number} of {of} rows cannot be read, such as {next(iter(rows))}: {next(iter(rows.values()))}; repair or remove them")
 
     @contextmanager
@@ -378,6 +382,8 @@ def stage_event(leg: Leg) -> dict[str, Any]:
         "images": leg.mixture.images_before(stage.steps) / stage.steps,
         "batch": resolved_batch(stage).model_dump(mode="json", exclude_none=True),
         "resolution": main_resolution(stage),
+        "step_holds": step_words(stage),
+        "seen_at": resolution_words(stage),
         "levels": [level.model_dump() for level in resolved_levels(stage)],
         "precision": stage.precision,
         "base": resolved_storage(stage),

@@ -12,8 +12,10 @@ from stages.problems import PlanError
 
 
 def open_cache(folder: Path, family: Family, asked: Asked, writer: str) -> Cache:
-    """What is kept of a family's encodings. Raises PlanError if the folder cannot be made."""
+    """What is kept of a family's encodings. Raises PlanError if the folder cannot be made, or the limit leaves no room."""
     limit = None if asked.limit is None else in_bytes(asked.limit)
+    if limit == 0:
+        raise PlanError.at("cache.limit", f"'{asked.limit}' is less than a byte; give more, or say cache: none to keep nothing")
     try:
         return Cache(folder, latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=limit, writer=writer)
     except OSError as error:

@@ -178,7 +178,8 @@ class Batch(_Word):
     changes it over the stage."""
     micro: Count | MicroTokens | None = None
     """What a micro-batch may hold, one forward and backward pass of one process: so many images, or {tokens: N}. The gradient does not depend on it;
-    memory does. Left out: at most 4 images, of `images` a divisor; with `tokens` as many tokens as the four largest images have."""
+    memory does. Left out: at most 4 images, of `images` a divisor; with `tokens` as many tokens as the four largest images have, and at most 16
+    images."""
 
 
 class LearningRate(_Word):

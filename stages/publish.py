@@ -127,7 +127,8 @@ def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any]
     saw = ["| stage | source | asked | drawn | images | epochs |", "|---|---|---:|---:|---:|---:|"]
     for stage in ledger["stages"]:
         for name, entry in stage["sources"].items():
-            saw.append(f"| {stage['stage']} | {name} | {entry['asked']:.1%} | {entry['drawn']:.1%} | {entry['images']:,} | {entry['epochs']:.2f} |")
+            epochs = f"{entry['epochs']:.2f}" if "epochs" in entry else "a stream"
+            saw.append(f"| {stage['stage']} | {name} | {entry['asked']:.1%} | {entry['drawn']:.1%} | {entry['images']:,} | {epochs} |")
     base = base_note or f'pipe = {family.pipeline_class}.from_pretrained({json.dumps(repo)}, torch_dtype=torch.bfloat16)'
     return "\n".join(
         [

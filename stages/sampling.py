@@ -95,13 +95,21 @@ def sheet(shown: Sequence[Preview]) -> Image.Image:
             for place, (label, image) in enumerate(cells):
                 x = left + place * (_CELL + 4)
                 draw.text((x, top + 20), label, fill="#777777", font=small)
-                resample = Image.Resampling.NEAREST if max(image.size) < _CELL else Image.Resampling.LANCZOS
-                picture.paste(image.resize((_CELL, _CELL), resample), (x, top + 36))
+                small_image = _in_cell(image)
+                corner = x + (_CELL - small_image.width) // 2, top + 36 + (_CELL - small_image.height) // 2
+                picture.paste(small_image, corner)
                 if label == "output":
-                    draw.rectangle((x - 1, top + 35, x + _CELL, top + 36 + _CELL), outline="#c2571a")
+                    draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + small_image.width, corner[1] + small_image.height), outline="#c2571a")
             for line, text in enumerate(_wrapped(preview.prompt, small, block - _GAP * 3)):
                 draw.text((left, top + 40 + _CELL + 13 * line), text, fill="#444444", font=small)
     return picture
+
+
+def _in_cell(image: Image.Image) -> Image.Image:
+    """The image in its own aspect, its longer side that of a cell."""
+    scale = _CELL / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.document import Entry, Node, resolve
+from stages.plan import BYTES_PATTERN
 from stages.problems import Location, Problem, listed, nearest, quoted, written
 
 Schema = Mapping[str, Any]
@@ -205,7 +206,7 @@ def _in_words(way: Schema) -> str:
         case "number":
             return f"a number{_range_in_words(way, whole=False)}"
         case "string":
-            return _NAME if way.get("pattern") == NAME_PATTERN else "text"
+            return {NAME_PATTERN: _NAME, BYTES_PATTERN: "a size such as 200GB (MB, GB, TB, MiB, GiB, TiB)"}.get(str(way.get("pattern")), "text")
         case "boolean":
             return "true or false"
         case "array":

@@ -49,7 +49,9 @@ class TensorStore:
             raise ValueError(f"limit_bytes: {limit_bytes} found; at least 1 is allowed, or None for no limit")
         self._folder, self._limit, self._writer, self._folders = folder, limit_bytes, writer, (folder, *shared_with)
         self._shard_bytes = SHARD_BYTES if limit_bytes is None else min(SHARD_BYTES, limit_bytes // 16)
-        self._written, self._writing = 0, True
+        self._written = 0
+        self.is_writing = True
+        """Whether anything more is written; no longer once that has failed."""
         self._buffer: dict[bytes, dict[str, Tensor]] = {}
         self._buffer_bytes, self._buffer_began, self._patience = 0, 0.0, _PATIENCE_SECONDS[0]
         self._owner = os.getpid()
@@ -105,7 +107,7 @@ class TensorStore:
         if self._owner != os.getpid():  # in a forked process: what waits is its parent's to write
             self._owner, self._buffer, self._buffer_bytes = os.getpid(), {}, 0
         self._flush_when_due()
-        if not self._writing or key in self:
+        if not self.is_writing or key in self:
             return
         size = entry_bytes(tensors)
         if self._limit is not None and size > self._limit:
@@ -126,14 +128,14 @@ class TensorStore:
         if self._owner != os.getpid():
             return
         entries, self._buffer, self._buffer_bytes = self._buffer, {}, 0
-        if not entries:
+        if not entries or not self.is_writing:
             return
         name = f"{self._writer}-{self._written:06d}-{os.urandom(8).hex()}.safetensors"
         self._written += 1
         try:
             write_shard(self._folder / name, entries)
         except OSError as error:
-            self._writing = False
+            self.is_writing = False
             self._warn(f"{self._folder}: {error.strerror or error}; training goes on and nothing more is cached. Free some space, or lower the cache's limit")
             return
         self._take_in(name)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from mixing.bad_rows import UnreadableRow
+from mixing.buckets import RowClass, Signature
 from mixing.captions import plain
+from mixing.content import text_key
 from mixing.keys import key
 from mixing.order import permute
-from mixing.reading import Seen, read_row, to_float
+from mixing.reading import Latents, Seen, View, read_row, to_float
 from mixing.selected import Selection
 from mixing.tasks import without_placeholders
 from stages.cache import Verified, verify
@@ -23,7 +27,7 @@ from stages.digests import FileDigests
 from stages.encode import KeptLatents
 from stages.families.base import Family
 from stages.families.open import open_family
-from stages.feed import shapes_at
+from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
 from stages.open_sources import open_selections
 from stages.plan import Plan, resolved_levels
@@ -36,17 +40,17 @@ _LEAST = 8  # rows of each source
 Entry = tuple[bytes, Callable[[], Mapping[str, Tensor]]]
 
 
-class _Nothing:
-    """A cache that holds nothing, so that rows are read as pixels, with the keys that their latents are known by."""
+@dataclass(frozen=True)
+class _Everything:
+    """A cache that pretends to hold everything, so that of rows only the keys of their latents are found out, and nothing is decoded."""
 
-    def __init__(self, kept: KeptLatents) -> None:
-        self.kept = kept
+    kept: KeptLatents
 
     def key(self, content: bytes, transform: str) -> bytes:
         return self.kept.key(content, transform)
 
-    def get(self, key: bytes) -> None:
-        return None
+    def get(self, key: bytes) -> NDArray[np.float32]:
+        return np.empty(0, dtype=np.float32)
 
 
 def verify_cache(plan: Plan, console: Console) -> bool:
@@ -55,25 +59,28 @@ def verify_cache(plan: Plan, console: Console) -> bool:
     Raises PlanError if the plan keeps nothing, or if a source cannot be opened.
     """
     if plan.cache == "none":
-        raise PlanError.at("cache", "'none' keeps nothing that could be verified")
+        raise PlanError.at("cache", "'none' keeps nothing that could be verified; leave it out to keep what is encoded")
     folder = Path(plan.cache.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = open_family(plan.model, device, FileDigests(folder / "digests.json").digest)
+    has_latents = plan.cache.latents and family.encodes_images
+    if not (has_latents or plan.cache.text):
+        raise PlanError.at("cache", "it keeps neither latents nor text, so there is nothing that could be verified")
     cache = open_cache(folder, family, plan.cache, "verify")
     selections = open_selections(plan, Path.cwd())
     tolerance = 1e-5 if device.type == "cpu" else 2e-2
     sound = True
     found: dict[str, Verified] = {}
-    if plan.cache.latents and family.encodes_images:
-        found["latents"] = verify(cache.latents, _latents(plan, family, selections, _Nothing(KeptLatents(cache))), fraction=1.0, tolerance=tolerance)
+    if has_latents:
+        found["latents"] = verify(cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache))), fraction=1.0, tolerance=tolerance)
     if plan.cache.text:
         found["text"] = verify(cache.texts, _texts(plan, family, selections), fraction=1.0, tolerance=tolerance)
     for kind, result in found.items():
         sound &= not result.different
         verdict = "all as they were kept" if not result.different else f"[red]{len(result.different)} differ[/red]: {', '.join(result.different[:5])}"
-        console.print(f"{kind}: {result.checked:,} entries encoded anew, {verdict} (largest difference {result.largest:.1g} of an entry's largest value); {result.missing:,} not kept yet", highlight=False)
+        console.print(f"{kind}: {result.checked:,} entries encoded anew, {verdict} (largest difference {result.largest:.1g} of an entry's largest value); {result.missing:,} not kept yet", highlight=False, soft_wrap=True)
     if not sound:
-        console.print(f"delete {folder} to encode everything anew", highlight=False)
+        console.print(f"delete {folder} to encode everything anew", highlight=False, soft_wrap=True)
     cache.close()
     return sound
 
@@ -86,31 +93,40 @@ def _rows(plan: Plan, selection: Selection) -> list[int]:
     return [int(row) for row in rows[permute(np.arange(number), len(rows), key(plan.seed, "verify", selection.source.name))]] if number else []
 
 
-def _latents(plan: Plan, family: Family, selections: Mapping[str, Selection], nothing: _Nothing) -> Iterator[Entry]:
+def _latents(plan: Plan, family: Family, selections: Mapping[str, Selection], everything: _Everything) -> Iterator[Entry]:
     for name, selection in selections.items():
         for row in _rows(plan, selection):
             row_class, row_key = selection.class_of(row), selection.source.key(row)
-            views = {selection.augmentation.view(plan.seed, name, row_key, epoch) for epoch in range(selection.augmentation.variants)}
-            signatures = {shapes_at(stage, level.pixels, family.pixel_multiple).signature(row_class) for stage in plan.stages for level in resolved_levels(stage)}
+            if row in selection.held_out:  # these are seen plainly, at each stage's largest resolution
+                views = {View()}
+                signatures = {main_shapes(stage, family.pixel_multiple).signature(row_class) for stage in plan.stages}
+            else:
+                views = {selection.augmentation.view(plan.seed, name, row_key, epoch) for epoch in range(selection.augmentation.variants)}
+                signatures = {shapes_at(stage, level.pixels, family.pixel_multiple).signature(row_class) for stage in plan.stages for level in resolved_levels(stage)}
             for signature in sorted(signatures):
                 for view in sorted(views, key=repr):
+                    read = partial(_read, selection, row, row_key, row_class, signature, view)
                     try:
-                        seen = read_row(name, row_key, selection.cells(row), row_class, signature, view, nothing)
+                        seen = read(everything)
                     except UnreadableRow:
                         continue  # the run names it
-                    for each in seen:
+                    for place, each in enumerate(seen):
                         assert each.key is not None
-                        yield each.key, partial(_encoded, family, each)
+                        yield each.key, partial(_encoded, family, read, place)
 
 
-def _encoded(family: Family, seen: Seen) -> dict[str, Tensor]:
-    assert seen.pixels is not None
-    return {"latents": family.encode_images(to_float(torch.from_numpy(np.asarray(seen.pixels).copy())[None]))[0]}
+def _read(selection: Selection, row: int, row_key: str, row_class: RowClass, signature: Signature, view: View, latents: Latents | None) -> list[Seen]:
+    return read_row(selection.source.name, row_key, selection.cells(row), row_class, signature, view, latents)
+
+
+def _encoded(family: Family, read: Callable[[None], list[Seen]], place: int) -> dict[str, Tensor]:
+    """The latents of a row's image by its place; decoded only now, for all that are looked at would not go into memory together."""
+    pixels = read(None)[place].pixels
+    assert pixels is not None
+    return {"latents": family.encode_images(to_float(torch.from_numpy(np.array(pixels))[None]))[0]}
 
 
 def _texts(plan: Plan, family: Family, selections: Mapping[str, Selection]) -> Iterator[Entry]:
-    from mixing.content import text_key
-
     for selection in selections.values():
         for row in _rows(plan, selection):
             try:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import socket
 import sys
+import tarfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
+from pyarrow import parquet
 from ruamel.yaml import YAML
 
 import train
@@ -49,6 +53,46 @@ def make_world(folder: Path) -> Path:
     make_data(folder / "data")
     tiny_flux(folder / "model", pixels=True)
     return folder
+
+
+def square(number: int) -> bytes:
+    """A PNG of 8 x 8 pixels, of an own colour for each number."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, 255 - number % 256, number // 256)).save(content, "PNG")
+    return content.getvalue()
+
+
+def words(number: int) -> str:
+    """The prompt of a square."""
+    return f"a {list(COLOURS)[number % 3]} square"
+
+
+def write_tars(folder: Path, sizes: Sequence[int], reference: bool = False) -> str:
+    """Shards of so many squares each; gives their pattern. reference: whether each row has one, the square 1,000 numbers on."""
+    folder.mkdir(parents=True)
+    first = 0
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"s-{shard:03d}.tar", "w") as tar:
+            for number in range(first, first + size):
+                members = {"png": square(number), "txt": words(number).encode()} | ({"from.png": square(1000 + number)} if reference else {})
+                for extension, content in members.items():
+                    member = tarfile.TarInfo(f"{number:04d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        first += size
+    return str(folder / "*.tar")
+
+
+def write_tables(folder: Path, sizes: Sequence[int], group: int = 8) -> str:
+    """Parquet files of so many squares each, in row groups of `group`; gives their pattern."""
+    folder.mkdir(parents=True)
+    first = 0
+    for shard, size in enumerate(sizes):
+        numbers = range(first, first + size)
+        table = pa.table({"image": [{"bytes": square(number), "path": None} for number in numbers], "text": [words(number) for number in numbers]})
+        parquet.write_table(table, folder / f"train-{shard:03d}.parquet", row_group_size=group)
+        first += size
+    return str(folder / "*.parquet")
 
 
 def plan_of(world: Path, **changes: Any) -> dict[str, Any]:
@@ -149,6 +193,21 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
             for other in children[1:]:
                 os.kill(other, signal.SIGKILL)
     return codes
+
+
+def carry_out(folder: Path, plan: Mapping[str, Any], *options: str, processes: int = 1, kill_at: int | None = None, record: Path | None = None, expect: int = 0) -> str:
+    """Carry out a plan in forked processes; returns what they printed. expect: their exit code; of one that is killed only the main one's is looked at."""
+    file = write_plan(folder.with_suffix(".yaml"), plan)
+    output = folder.with_suffix(".log")
+    output.unlink(missing_ok=True)
+    codes = launch([str(file), "--out", str(folder), *options], processes=processes, kill_at=kill_at, record=record, output=output)
+    assert codes == [expect] * processes if kill_at is None else codes[0] == -signal.SIGKILL, output.read_text()
+    return output.read_text()
+
+
+def traced(folder: Path) -> list[dict[str, Any]]:
+    """The lines of trace.jsonl."""
+    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
 
 
 def adapter_bytes(folder: Path) -> bytes:

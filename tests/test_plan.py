@@ -59,8 +59,8 @@ stages:
 
 NAME = "a name: letters, digits, '_', '.' and '-', at most 64, the first a letter or a digit"
 COUNT = "a whole number from 1 to 1,000,000,000"
-STAGE_FIELDS = "name, steps, lr, batch, resolution, mix, precision, base, train, optimizer, clip, ema, timesteps, handoff"
-PLAN_FIELDS = "name, seed, model, adapter, sources, stages, start, evaluate, previews, save_every, keep, log_every, workers, track"
+STAGE_FIELDS = "name, steps, lr, batch, resolution, buckets, mix, precision, base, train, optimizer, clip, ema, timesteps, handoff"
+PLAN_FIELDS = "name, seed, model, adapter, sources, stages, start, evaluate, previews, cache, save_every, keep, log_every, workers, track"
 INDENTATION = "the indentation fits nothing above; fields, and items, that belong together begin in one column"
 
 
@@ -72,6 +72,8 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "models/tiny/model_index.json": json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}),
         "models/tiny/transformer/config.json": json.dumps({"guidance_embeds": False}),
         "models/tiny/vae/config.json": json.dumps({"block_out_channels": [8, 8, 8, 8]}),
+        "models/tiny/tokenizer_2/tokenizer_config.json": json.dumps({"model_max_length": 512}),
+        "models/pixels/tokenizer_2/tokenizer_config.json": json.dumps({"model_max_length": 512}),
         "models/pixels/model_index.json": json.dumps({"_class_name": "FluxKontextPipeline", "vae": [None, None]}),
         "models/pixels/transformer/config.json": json.dumps({"guidance_embeds": True}),
         "models/sana/model_index.json": json.dumps({"_class_name": "SanaPipeline"}),
@@ -131,7 +133,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "zero character": ("name: expose", 'name: "exp\\0ose"', ["6:11: a zero character cannot stand in a plan"]),
     # Shape
     "misspelt field": ("    resolution: 512\n    batch: 4", "    resolutoin: 512\n    batch: 4", [
-        "6:5: stages[0]: field 'resolution' is missing; it is a whole number from 1 to 16,384",
+        "6:5: stages[0]: field 'resolution' is missing; it is a whole number from 1 to 16,384, or a list",
         f"9:5: stages[0]: no field 'resolutoin' (fields: {STAGE_FIELDS}); did you mean 'resolution'?",
     ]),
     "misspelt field at the top": ("model: models/tiny", "model: models/tiny\nsed: 3", [f"2:1: no field 'sed' (fields: {PLAN_FIELDS}); did you mean 'seed'?"]),
@@ -142,14 +144,14 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "number in quotes": ("steps: 50", "steps: '50'", [f"13:12: stages[1].steps: '50' is not {COUNT}; remove the quotes"]),
     "nothing given": ("steps: 50", "steps:", [f"13:5: stages[1].steps: nothing is given; it must be {COUNT}"]),
     "word for a number": ("lr: 1e-4", "lr: fast", ["11:9: stages[0].lr: 'fast' is not a number from 0 to 1,000, nor a mapping (peak, warmup, warmup_from, schedule, floor)"]),
-    "true for a number": ("batch: 4", "batch: true", [f"10:12: stages[0].batch: true is not {COUNT}, nor a mapping (images, micro)"]),
+    "true for a number": ("batch: 4", "batch: true", [f"10:12: stages[0].batch: true is not {COUNT}, nor a mapping (images, tokens, micro)"]),
     "not a number": ("lr: 1e-4", "lr: .nan", ["11:9: stages[0].lr: .nan is not a number from 0 to 1,000"]),
-    "list for a mapping": ("{images: 8, micro: 2}", "[8, 2]", [f"16:12: stages[1].batch: a list is not {COUNT}, nor a mapping (images, micro)"]),
+    "list for a mapping": ("{images: 8, micro: 2}", "[8, 2]", [f"16:12: stages[1].batch: a list is not {COUNT}, nor a mapping (images, tokens, micro)"]),
     "unknown field of a field with two forms": ("{peak: 1e-4, schedule", "{peek: 1e-4, schedule", [
         "18:5: stages[1].lr: field 'peak' is missing; it is a number from 0 to 1,000",
         "18:10: stages[1].lr: no field 'peek' (fields: peak, warmup, warmup_from, schedule, floor); did you mean 'peak'?",
     ]),
-    "unknown mix": ("mix: natural", "mix: natual", ["14:10: stages[1].mix: 'natual' is not 'natural', nor a mapping (power), nor a mapping of names to values; did you mean 'natural'?"]),
+    "unknown mix": ("mix: natural", "mix: natual", ["14:10: stages[1].mix: 'natual' is not 'natural', nor a mapping (power), nor a mapping of names to values, nor a mapping (from, to); did you mean 'natural'?"]),
     "power out of range": ("mix: natural", "mix: {power: 2}", ["14:18: stages[1].mix.power: 2 is not a number from 0 to 1"]),
     "negative share": ("{t2i: 1, edit: 1}", "{t2i: 1, edit: -1}", ["8:25: stages[0].mix.edit: -1 is not a number of at least 0"]),
     "no space after the colon": ("{t2i: 1, edit: 1}", "{t2i:1, edit: 1}", ["8:11: stages[0].mix: 't2i:1' has no value; write a space after the ':'"]),
@@ -222,6 +224,44 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "guidance for a model without": ("model: models/tiny", "model: {repo: models/tiny, guidance: 1}", ["1:28: model.guidance: this model's transformer takes no guidance (guidance_embeds is false); remove it"]),
     "revision of a folder": ("model: models/tiny", "model: {repo: models/tiny, revision: main}", ["1:28: model.revision: 'models/tiny' is a folder, and only the Hub has revisions; remove it"]),
     "missing start": ("model: models/tiny", "model: models/tiny\nstart: run/x", ["2:8: start: 'run/x' does not exist: no 'run' there"]),
+    # Batches, resolutions, buckets, ramps, selections, streams, caches
+    "neither images nor tokens": ("batch: 4", "batch: {micro: 2}", ["10:12: stages[0].batch: images or tokens says what a step holds, and neither is given"]),
+    "images and tokens": ("batch: 4", "batch: {images: 4, tokens: 4096}", ["10:12: stages[0].batch: images or tokens says what a step holds, and both are given"]),
+    "micro of more tokens than a step": ("batch: 4", "batch: {tokens: 4096, micro: {tokens: 8192}}", ["10:43: stages[0].batch.micro.tokens: 8,192 tokens are more than a step has, 4,096"]),
+    "batch that does not change": ("batch: 4", "batch: {images: {from: 4, to: 4}}", ["10:21: stages[0].batch.images: from 4 to 4, and it stays the same; write one number"]),
+    "half a change": ("batch: 4", "batch: {images: {from: 4}}", ["10:13: stages[0].batch.images: field 'to' is missing; it is a whole number from 1 to 1,000,000,000"]),
+    "level without a share": ("resolution: 512\n    batch: 4", "resolution: [{pixels: 256}]\n    batch: 4", ["9:18: stages[0].resolution[0]: field 'share' is missing; it is a number above 0, at most 1,000,000"]),
+    "no level": ("resolution: 512\n    batch: 4", "resolution: []\n    batch: 4", ["9:17: stages[0].resolution: is empty; at least 1 is needed"]),
+    "level that does not fit": ("resolution: 512\n    batch: 4", "resolution: [{pixels: 250, share: 1}, {pixels: 512, share: 2}]\n    batch: 4", ["9:27: stages[0].resolution[0].pixels: 250 is not a multiple of 16, as FluxPipeline needs; try 240 or 256"]),
+    "aspect below one": ("batch: 4", "batch: 4\n    buckets: {max_aspect: 0.5}", ["11:27: stages[0].buckets.max_aspect: 0.5 is not a number from 1 to 4"]),
+    "ramp to an unknown source": ("mix: natural", "mix: {from: natural, to: {edti: 1}}", ["14:31: stages[1].mix.to: no source 'edti' (sources: t2i, edit); did you mean 'edit'?"]),
+    "ramp between equal mixes": ("mix: natural", "mix: {from: {edit: 1}, to: {edit: 1}}", ["14:10: stages[1].mix: from and to are the same mix; write it once"]),
+    "half a ramp": ("mix: natural", "mix: {from: natural}", ["14:5: stages[1].mix: field 'to' is missing; it is 'natural', or a mapping (power), or a mapping of names to values"]),
+    "source called as a word of mix": ("  edit:", "  from: {path: data/photos}\n  edit:", ["4:3: sources.from: 'from' is a word of `mix`; give the source another name"]),
+    "take without a number": ("{path: data/photos}", "{path: data/photos, take: {by: first}}", ["3:34: sources.t2i.take: count or fraction says how much is taken, and neither is given"]),
+    "take with two numbers": ("{path: data/photos}", "{path: data/photos, take: {count: 1, fraction: 0.5}}", ["3:34: sources.t2i.take: count or fraction says how much is taken, and both are given"]),
+    "stratified by nothing": ("{path: data/photos}", "{path: data/photos, take: {fraction: 0.5, by: stratified}}", ["3:54: sources.t2i.take.by: 'stratified' by which column? give take.column"]),
+    "column of a random choice": ("{path: data/photos}", "{path: data/photos, take: {count: 1, column: style}}", [
+        "3:45: sources.t2i.take.column: only by: stratified looks at a column; remove it, or choose stratified",
+        "3:53: sources.t2i.take.column: no column 'style' (columns: none)",
+    ]),
+    "fraction of nothing": ("{path: data/photos}", "{path: data/photos, take: {fraction: 0}}", ["3:45: sources.t2i.take.fraction: 0 is not a number above 0, at most 1"]),
+    "where that is not closed": ("{path: data/photos}", "{path: data/photos, where: 'width >= (512'}", ["3:35: sources.t2i.where: character 14: found the end; expected the ')' of the '(' at character 10"]),
+    "where of an unknown column": ("task: edit", "task: edit, where: 'hieght > 3'", ["4:53: sources.edit.where: no column 'hieght' (columns: image, source, instruction); did you mean 'height'?"]),
+    "stream of a folder": ("{path: data/photos}", "{path: data/photos, stream: true}", [
+        "3:36: sources.t2i.stream: only .tar shards, .parquet files and Hub datasets are streamed; remove it",
+        "14:10: stages[1].mix: a mix by size needs to know how many rows the stream 't2i' has; give sources.t2i.rows, or shares by name",
+    ]),
+    "lanes of no stream": ("{path: data/photos}", "{path: data/photos, lanes: 4}", ["3:28: sources.t2i.lanes: only a stream is told this; remove it, or say stream: true"]),
+    "kept tags that are not shuffled": ("{path: data/photos}", "{path: data/photos, captions: {keep_tags: 1}}", ["3:39: sources.t2i.captions.keep_tags: tags are not shuffled; remove it, or say shuffle_tags: true"]),
+    "variants of one view": ("{path: data/photos}", "{path: data/photos, augment: {variants: 2}}", ["3:38: sources.t2i.augment.variants: without flip or crop: random there is one variant; remove it"]),
+    "limit without a unit": ("model: models/tiny", "model: models/tiny\ncache: {limit: 200}", ["2:16: cache.limit: 200 is not a size such as 200GB (MB, GB, TB, MiB, GiB, TiB); put it in quotes: \"200\""]),
+    "limit in no unit": ("model: models/tiny", "model: models/tiny\ncache: {limit: 200 GO}", ["2:16: cache.limit: '200 GO' is not a size such as 200GB (MB, GB, TB, MiB, GiB, TiB)"]),
+    "cache misspelt": ("model: models/tiny", "model: models/tiny\ncache: nono", ["2:8: cache: 'nono' is not a mapping (folder, limit, latents, text), nor 'none'; did you mean 'none'?"]),
+    "entity for a family without": ("task: edit", "task: entity", [
+        "4:16: sources.edit.path: task entity needs a list of entity prompts, and no column is called eligen_entity_prompts (columns: image, source, instruction); say which it is, columns: {entity_prompts: NAME}",
+        "4:40: sources.edit.task: flux cannot train task 'entity' (it can: text_to_image, subject, control, edit, other); remove source 'edit' or choose another model",
+    ]),
 }
 
 

@@ -104,6 +104,11 @@ class StageRecord:
     steps: tuple[Step, ...]
     evaluations: tuple[Evaluation, ...]
     ledger: Mapping[str, Tally]
+    """By source."""
+    levels: Mapping[str, Tally] = field(default_factory=dict)
+    """By resolution, where a stage has several."""
+    selections: Mapping[str, Event] = field(default_factory=dict)
+    """How the rows of a source were chosen, where some were left out."""
 
     @property
     def begun(self) -> bool:
@@ -182,7 +187,7 @@ def read_record(folder: Path) -> Record:
     plan_text = _read_text(folder / "plan.yaml")
     plan = _parse_plan(plan_text)
     evaluations = _evaluations(of_kind.get("eval", []))
-    stages = _stages(plan, of_kind, evaluations, _read_ledger(folder / "ledger.json"))
+    stages = _stages(plan, of_kind, evaluations, _pages(folder / "ledger.json"))
     launches = tuple(of_kind.get("run", []))
     names: dict[str, None] = dict.fromkeys(str(name) for name in mapping(plan.get("sources")))
     for stage in stages:
@@ -335,7 +340,7 @@ def _stages(
     plan: Event,
     of_kind: Mapping[str, list[Event]],
     evaluations: list[Evaluation],
-    ledger: Mapping[str, Mapping[str, Tally]],
+    pages: Mapping[str, Event],
 ) -> tuple[StageRecord, ...]:
     """The plan's stages in its order, then those that only the metrics know of."""
     planned = plan.get("stages")
@@ -349,6 +354,7 @@ def _stages(
     for evaluation in evaluations:
         if evaluation.kind != "base":
             evaluated.setdefault(evaluation.stage, []).append(evaluation)
+    ledger = _read_ledger(pages)
     names = dict.fromkeys([*plans, *started, *ended, *steps, *evaluated, *ledger])
     return tuple(
         StageRecord(
@@ -361,20 +367,40 @@ def _stages(
             steps=tuple(step for _, step in sorted(steps.get(name, {}).items())),
             evaluations=tuple(evaluated.get(name, [])),
             ledger=ledger.get(name, {}),
+            levels=_levels(pages.get(name, {})),
+            selections=_selections(pages.get(name, {})),
         )
         for index, name in enumerate(names, start=1)
     )
 
 
-def _read_ledger(path: Path) -> dict[str, dict[str, Tally]]:
+def _pages(path: Path) -> dict[str, Event]:
+    """The ledger's pages, by stage."""
     try:
         stages = mapping(json.loads(_read_text(path) or "{}")).get("stages")
     except (ValueError, RecursionError):
         return {}
+    return {text(mapping(item).get("stage")): mapping(item) for item in (stages if isinstance(stages, list) else [])}
+
+
+def _levels(page: Event) -> dict[str, Tally]:
+    """What each resolution of a stage gave, where it has several."""
+    levels = page.get("levels")
+    return {
+        f"{finite(level.get('pixels')) or 0:.0f} px": Tally(finite(level.get("asked")), finite(level.get("drawn")), finite(level.get("images")), None, None, None, {})
+        for level in map(mapping, levels if isinstance(levels, list) else [])
+    }
+
+
+def _selections(page: Event) -> dict[str, Event]:
+    """How the rows of a source were chosen, where some were left out."""
+    return {name: chosen for name, value in mapping(page.get("sources")).items() if (chosen := mapping(mapping(value).get("selection")))}
+
+
+def _read_ledger(pages: Mapping[str, Event]) -> dict[str, dict[str, Tally]]:
     ledger: dict[str, dict[str, Tally]] = {}
-    for item in stages if isinstance(stages, list) else []:
-        stage = mapping(item)
-        ledger[text(stage.get("stage"))] = {
+    for name_of_stage, stage in pages.items():
+        ledger[name_of_stage] = {
             name: Tally(
                 asked=finite((source := mapping(value)).get("asked")),
                 drawn=finite(source.get("drawn")),

@@ -172,8 +172,10 @@ def _stage_lines(stage: StageRecord) -> list[str]:
     event, plan = stage.event, stage.plan
     batch = finite(event.get("images")) or finite(plan.get("batch")) or finite(mapping(plan.get("batch")).get("images"))
     resolution = finite(event.get("resolution")) or finite(plan.get("resolution"))
-    work = [f"{count(stage.planned)} steps" + (f" of {count(batch)} images" if batch else "") if stage.planned else ""]
-    work.append(f"{resolution:.0f} px" if resolution else "")
+    holds = text(event.get("step_holds")) or (f"{count(batch)} images" if batch else "")
+    work = [f"{count(stage.planned)} steps" + (f" of {holds}" if holds else "") if stage.planned else ""]
+    seen_at = text(event.get("seen_at")) or (f"{resolution:.0f}" if resolution else "")
+    work.append(f"{seen_at} px" if seen_at else "")
     train = event.get("train", plan.get("train", ""))
     trained = {"full": "full weights", "adapter": "adapter"}.get(
         text(train), text(train) or ("part of the adapter" if train else "")
@@ -263,7 +265,7 @@ def _ledger(record: Record) -> str:
     rows: list[list[str]] = []
     first = []
     for stage in record.stages:
-        for k, (name, tally) in enumerate(stage.ledger.items()):
+        for k, (name, tally) in enumerate([*stage.ledger.items(), *((f"at {level}", tally) for level, tally in stage.levels.items())]):
             first += [len(rows)] if k == 0 else []
             dropped = "; ".join(f"{count(n)} {reason}" for reason, n in tally.dropped.items())
             epochs = "–" if tally.epochs is None else f"{tally.epochs:,.2f}"
@@ -285,6 +287,29 @@ def _ledger(record: Record) -> str:
     )
     head = ["Stage", "Source", "Asked", "Drawn", "Images", "Tokens", "Epochs", "Unique rows", "Dropped rows"]
     return section("ledger", "Ledger", note, table(head, rows[:MOST_ROWS], range(2, 8), first))
+
+
+def _selections(record: Record) -> str:
+    """How the rows of sources were chosen, where a plan says `where` or `take`."""
+    chosen = {name: selection for stage in record.stages for name, selection in stage.selections.items()}
+    if not chosen:
+        return ""
+    rows = [
+        [
+            escape(name),
+            escape(text(selection.get("method")) or "–"),
+            escape(text(selection.get("where")) or "–"),
+            count(finite(selection.get("seed"))),
+            count(finite(selection.get("rows"))),
+            count(finite(selection.get("of"))),
+            count(finite(selection.get("source_rows"))),
+            escape(text(selection.get("sha256"))[:16]),
+        ]
+        for name, selection in list(chosen.items())[:MOST_ROWS]
+    ]
+    note = "Which rows of a source take part, where the plan says where or take. The hash is the same for the same rows."
+    head = ["Source", "By", "Where", "Seed", "Rows", "Fulfil the condition", "In the source", "Hash of the rows"]
+    return section("selection", "Rows chosen", note, table(head, rows, range(3, 7)))
 
 
 def _launches(record: Record) -> str:
@@ -374,6 +399,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("Throughput", "throughput", throughput),
     ("Hand-offs", "handoffs", _handoffs),
     ("Ledger", "ledger", _ledger),
+    ("Rows chosen", "selection", _selections),
     ("Launches", "launches", _launches),
     ("Warnings", "warnings", _warnings),
     ("Plan", "plan", _plan),

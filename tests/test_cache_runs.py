@@ -1,0 +1,517 @@
+"""The cache in whole runs: whatever is in it, a run ends in the same weights; nothing is encoded that is there, and nothing that is there is used for another."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import io
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
+
+import stages.finish
+import stages.open_leg
+import stages.tensor_shards
+import stages.tensor_store
+import stages.verify_cache
+import train
+from mixing.buckets import AS_TARGET, RowClass, Signature
+from mixing.reading import View, gathered, read_row
+from mixing.tasks import Cells
+from models import tiny_flux
+from runs import adapter_bytes, carry_out, events, launch, make_data, plan_of, write_plan
+from stages.adapter import add_adapter
+from stages.cache import Cache
+from stages.encode import KeptLatents, encode
+from stages.families.base import Family
+from stages.families.flux import Flux
+from stages.plan import Adapter
+from stages.tensor_store import TensorStore
+
+pytestmark = pytest.mark.launch
+EDITED = "007.bmp"
+STAGE = {"steps": 4, "resolution": 16, "batch": {"images": 8, "micro": 4}, "lr": 0.01, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Data, and a tiny model with a VAE. What forked runs import, and what Python keeps of classes, is at hand before the first fork."""
+    folder = tmp_path_factory.mktemp("world")
+    photos = make_data(folder / "data") / "photos"
+    for path in sorted(photos.glob("*.png")):
+        Image.open(path).save(path.with_suffix(".bmp"))  # its length follows from height and width alone
+        path.unlink()
+    family = Flux(str(tiny_flux(folder / "model", pixels=False)), None, None, torch.device("cpu"))
+    add_adapter(family.load_transformer(torch.float32, None), Adapter(), family.target_patterns, 0)
+    gc.collect()
+    gc.freeze()
+    yield folder
+    gc.unfreeze()
+
+
+def plan_for(world: Path, cache: Path | None, *stage_changes: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A plan of one stage for each of `stage_changes`, at least one, that draws every photo. cache: its folder, or None for none."""
+    mix = {"photos": 4, "edits": 1}
+    made = [{**STAGE, "name": f"stage{number}", "mix": mix, **each} for number, each in enumerate(stage_changes or ({},))]
+    kept: object = "none" if cache is None else {"folder": str(cache)}
+    return plan_of(world, **{"stages": made, "previews": {"rows": 0}, "save_every": 1, "log_every": 1, "cache": kept, **changes})
+
+
+# --- what runs encode -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that was carried out, over all its processes."""
+
+    folder: Path
+    printed: str
+    loaded: tuple[str, ...]
+    """Encoders that were loaded, by class."""
+    images: int
+    """Images that the VAE encoded."""
+    prompts: tuple[str, ...]
+    """Prompts that the text encoders encoded."""
+    hits: Counter[str]
+    misses: Counter[str]
+
+    @property
+    def result(self) -> tuple[dict[str, bytes], list[object]]:
+        """The bits of the published adapter, and every loss. (The adapter file holds the plan too, and with it what was said of the cache.)"""
+        adapter = {name: value.numpy().tobytes() for name, value in load_file(self.folder / "adapter" / "pytorch_lora_weights.safetensors").items()}
+        losses = [(line["stage"], line["step"], line["loss"], line["losses"]) for line in events(self.folder, "step")]
+        return adapter, [*losses, *((line["stage"], line["kind"], line["sources"]) for line in events(self.folder, "eval"))]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line["message"] for line in events(self.folder, "warning")]
+
+
+RunPlan = Callable[..., Done]
+
+
+@pytest.fixture
+def carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
+    """Carries out a plan in forked processes, which note what they load, encode, find and miss."""
+    record = tmp_path / "record"
+
+    def note(**what: object) -> None:
+        with record.open("ab", buffering=0) as file:
+            file.write(json.dumps(what).encode() + b"\n")
+
+    def watched(owner: type, name: str, before: Callable[..., None]) -> None:
+        original = getattr(owner, name)
+        inner = getattr(original, "__func__", None)
+
+        def noting(self: object, *arguments: object, **named: object) -> object:
+            before(self, *arguments)
+            return (inner or original)(self, *arguments, **named)
+
+        monkeypatch.setattr(owner, name, classmethod(noting) if inner else noting)
+
+    for encoder in (AutoencoderKL, CLIPTextModel, T5EncoderModel):
+        watched(encoder, "from_pretrained", lambda cls, *_: note(loaded=cls.__name__))
+    watched(AutoencoderKL, "encode", lambda _, images: note(images=len(images)))
+    watched(FluxPipeline, "encode_prompt", lambda _, prompts: note(prompts=prompts))
+    watched(Cache, "close", lambda cache: note(hits=cache.hits, misses=cache.misses))
+
+    def act(name: str, plan: dict[str, Any], *options: str, processes: int = 1, kill_at: int | None = None, count: Path | None = None) -> Done:
+        record.write_bytes(b"")
+        printed = carry_out(tmp_path / name, plan, *options, processes=processes, kill_at=kill_at, record=count)
+        lines = [json.loads(line) for line in record.read_bytes().splitlines()]
+        hits, misses = (sum((Counter(line[word]) for line in lines if word in line), Counter()) for word in ("hits", "misses"))
+        loaded = tuple(sorted(line["loaded"] for line in lines if "loaded" in line))
+        prompts = tuple(prompt for line in lines for prompt in line.get("prompts", ()))
+        return Done(tmp_path / name, printed, loaded, sum(line.get("images", 0) for line in lines), prompts, hits, misses)
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def uncached(world: Path) -> Callable[[int], Done]:
+    """The run of two stages that keeps nothing, with some number of processes."""
+    done: dict[int, Done] = {}
+
+    def of(processes: int) -> Done:
+        if processes not in done:
+            folder = world / f"uncached-{processes}"
+            printed = carry_out(folder, plan_for(world, None, {}, {}), processes=processes)
+            done[processes] = Done(folder, printed, (), 0, (), Counter(), Counter())
+        return done[processes]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def filled(world: Path) -> Path:
+    """A cache that holds all that the run of two stages asks for; not to be written into."""
+    carry_out(world / "filling", plan_for(world, world / "filled", {}, {}))
+    return world / "filled"
+
+
+def copy_of(folder: Path, place: Path) -> Path:
+    shutil.copytree(folder, place)
+    return place
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def entries(folder: Path, kind: str) -> set[bytes]:
+    """The keys that are kept."""
+    return {entry.key for path in (folder / kind).glob("*.safetensors") for entry in stages.tensor_shards.read_header(path)}
+
+
+# --- a cache changes nothing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "workers", "processes"),
+    [
+        *(("cold", 0, 1), ("cold", 2, 1), ("warm", 2, 1), ("half", 0, 1), ("half", 2, 1), ("limited", 0, 1), ("limited", 2, 1)),
+        *(("cold", 2, 2), ("half", 0, 2), ("limited", 2, 2)),
+    ],
+)
+def test_whatever_is_in_the_cache_a_run_ends_in_the_same_bits(
+    world: Path, tmp_path: Path, carried_out: RunPlan, uncached: Callable[[int], Done], filled: Path, state: str, workers: int, processes: int
+) -> None:
+    """Cold, warm, with every second shard gone, and under a limit of three entries, so that shards are deleted all the time."""
+    cache = tmp_path / "cache"
+    if state in ("warm", "half"):
+        copy_of(filled, cache)
+    if state == "half":
+        for path in shards(cache)[::2]:
+            path.unlink()
+    before = entries(cache, "latents")
+    plan = plan_for(world, cache, {}, {}, workers=workers)
+    if state == "limited":
+        plan["cache"]["limit"] = "0.005MB"
+    done = carried_out("run", plan, processes=processes)
+    assert done.result == uncached(processes).result
+    assert done.warnings == []
+    distinct = entries(filled, "latents")
+    if state == "limited":
+        assert sum(path.stat().st_size for path in shards(cache)) <= 5_000
+        assert done.images > 2 * len(distinct)
+    else:
+        assert before < distinct or state == "warm"
+        assert entries(cache, "latents") == distinct
+        assert done.images >= len(distinct - before)
+        assert done.images == len(distinct - before) or processes > 1, "two processes may encode the same image at once"
+
+
+def test_with_everything_kept_a_run_loads_no_encoder_and_misses_nothing(world: Path, tmp_path: Path, carried_out: RunPlan, uncached: Callable[[int], Done], filled: Path) -> None:
+    """Through evaluation, handoff and publishing; previews alone need a VAE, to show what they made."""
+    plan = plan_for(world, copy_of(filled, tmp_path / "cache"), {}, {})
+    done = carried_out("again", plan)
+    assert (done.loaded, done.images, done.prompts) == ((), 0, ())
+    assert not done.misses.total()
+    assert done.hits["latents"] > 2 * 4 * 8
+    assert done.hits["text"] > 0
+    assert done.result == uncached(1).result
+    assert len(events(done.folder, "handoff")) == len(events(done.folder, "publish")) == 1
+    shown = carried_out("shown", {**plan, "previews": {"rows": 1, "steps": 2}})
+    assert shown.loaded == ("AutoencoderKL",)
+    assert not shown.misses.total()
+
+
+# --- what changed is encoded anew, and nothing else -------------------------------------------------------------------------------------
+
+
+def scaled(path: Path, name: str) -> None:
+    """Other weights in a file, its length and times as before."""
+    weights, status = load_file(path), path.stat()
+    weights[name] = weights[name] * 1.5
+    save_file(weights, path, metadata={"format": "pt"})
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_what_was_edited_is_encoded_anew_and_nothing_else(world: Path, tmp_path: Path, carried_out: RunPlan) -> None:
+    """An image and a caption under their old names, the VAE and a text encoder in their old places, one after another."""
+    own, cache = tmp_path / "world", tmp_path / "cache"
+    for name in ("data", "model"):
+        copy_of(world / name, own / name)
+    plan = plan_for(own, cache, {"mix": {"photos": 1}})
+    image = own / "data" / "photos" / EDITED
+    first = carried_out("first", plan, "--trace")
+    drawn = {json.loads(line)["key"] for line in (first.folder / "trace.jsonl").read_text().splitlines()}
+    assert len(drawn) == 22
+    assert EDITED in drawn
+    assert (sorted(set(first.prompts)), len(first.prompts)) == (sorted(first.prompts), first.misses["text"])
+    assert first.images == first.misses["latents"] == len(entries(cache, "latents"))
+
+    def check(name: str, images: int, prompts: Sequence[str]) -> None:
+        """A run encodes so many images and these prompts, and ends as one that keeps nothing."""
+        done = carried_out(name, plan)
+        assert (done.images, sorted(done.prompts)) == (images, sorted(prompts)), name
+        assert done.misses == Counter(latents=images, text=len(prompts))
+        fresh = carried_out(f"{name}-uncached", {**plan, "cache": "none"})
+        assert done.result == fresh.result, name
+        assert done.result != first.result, name
+
+    status = image.stat()
+    pixels = np.array(Image.open(image))
+    Image.fromarray(255 - pixels).save(image)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    check("image", 1, ())
+
+    # 16 x 9 pixels in as many bytes: another bucket, which the data index has to notice.
+    Image.fromarray(np.resize(pixels, (9, 16, 3))).save(image)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    check("shape", 1, ())
+
+    caption = image.with_suffix(".txt")
+    status = caption.stat()
+    caption.write_text(caption.read_text().replace("square", "disc  "))
+    os.utime(caption, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert caption.stat().st_size == status.st_size
+    check("caption", 0, [caption.read_text().strip()])
+
+    everything = first.images
+    scaled(own / "model" / "vae" / "diffusion_pytorch_model.safetensors", "encoder.conv_in.weight")
+    check("vae", everything, ())
+
+    prompts = [*first.prompts, caption.read_text().strip()]
+    scaled(own / "model" / "text_encoder_2" / "model.safetensors", "shared.weight")
+    check("text encoder", 0, prompts)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_image_is_encoded_once_for_each_resolution_and_variant_in_however_many_epochs_and_runs(world: Path, tmp_path: Path, carried_out: RunPlan) -> None:
+    photos, draw = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(5):
+        Image.fromarray(draw.integers(0, 255, (24, 26, 3), dtype=np.uint8)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text("a red square")
+    resolution = [{"pixels": 12, "share": 1}, {"pixels": 16, "share": 1}]
+    stage = {"name": "both", "steps": 5, "resolution": resolution, "batch": {"images": 20, "micro": 10}, "mix": {"photos": 1}}
+    sources = {"photos": {"path": str(photos), "augment": {"flip": 0.5, "crop": "random", "variants": 2}}}
+    asked = {"sources": sources, "evaluate": {"rows": 0}, "save_every": 100}
+    plan = plan_for(world, tmp_path / "cache", stage, {**stage, "name": "small", "resolution": 12}, **asked)
+    done = carried_out("short", plan)
+    probed = 2 * 4  # of the fixed inputs of the handoff: the first four images, seen plainly at the largest resolution of each stage
+    assert done.images == done.misses["latents"] == len(entries(tmp_path / "cache", "latents")) == 5 * 2 * 2 + probed
+    assert done.result == carried_out("short-uncached", {**plan, "cache": "none"}).result
+    plan = plan_for(world, tmp_path / "cache", {**stage, "name": "longer", "steps": 12}, **asked)
+    longer = carried_out("longer", plan)
+    assert (longer.images, longer.loaded, longer.misses.total()) == (0, (), 0)
+    assert longer.hits["latents"] > 12 * 20
+    assert longer.result == carried_out("longer-uncached", {**plan, "cache": "none"}).result
+
+
+# --- killed, and without room -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_while_the_cache_is_half_written_a_run_ends_in_the_same_bits(
+    world: Path, tmp_path: Path, carried_out: RunPlan, uncached: Callable[[int], Done], filled: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """First in the midst of writing a shard, then between two events of the second stage (kill -9)."""
+    cache, wanted = tmp_path / "cache", entries(filled, "latents")
+    plan = plan_for(world, cache, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.tensor_store, "write_shard", _killed_in_the_midst_of_shard(3))
+        file = write_plan(tmp_path / "killed.yaml", plan)
+        codes = launch([str(file), "--out", str(tmp_path / "killed")], processes=processes)
+        assert -signal.SIGKILL in codes
+    partials = list(cache.glob("*/.*.partial"))
+    assert partials
+    assert all(partial.stat().st_size > 0 for partial in partials)
+    assert entries(cache, "latents") < wanted
+    assert carried_out("killed", plan, processes=processes, kill_at=30 if processes == 1 else 20).folder.exists()
+    resumed = carried_out("killed", plan, processes=processes)
+    assert resumed.result == uncached(processes).result
+    assert resumed.warnings == []
+    assert entries(cache, "latents") == wanted
+
+
+def _killed_in_the_midst_of_shard(last: int) -> Callable[[Path, Mapping[bytes, Mapping[str, Tensor]]], None]:
+    """A `write_shard` under which the process dies with half of the bytes of its shard number `last` written."""
+    number = 0
+
+    def write_shard(path: Path, made: Mapping[bytes, Mapping[str, Tensor]]) -> None:
+        nonlocal number
+        number += 1
+        stages.tensor_shards.write_shard(path, made)
+        if number == last:
+            path.rename(partial := path.with_name(f".{path.name}.partial"))
+            os.truncate(partial, partial.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return write_shard
+
+
+def test_on_a_full_disk_there_is_one_warning_and_training_goes_on(
+    world: Path, tmp_path: Path, carried_out: RunPlan, uncached: Callable[[int], Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_shard(path: Path, made: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stages.tensor_store, "write_shard", write_shard)
+    cache = tmp_path / "cache"
+    done = carried_out("full", plan_for(world, cache, {}, {}))
+    assert done.result == uncached(1).result
+    (warning,) = done.warnings
+    assert warning.startswith(f"{cache}/latents: No space left on device; training goes on and nothing more is cached")
+    assert shards(cache) == []
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------------------------
+
+
+def verified(tmp_path: Path, plan: dict[str, Any]) -> tuple[int, str]:
+    """Exit code and output of `train.py PLAN --verify-cache`."""
+    output = tmp_path / "output"
+    output.unlink(missing_ok=True)
+    (code,) = launch([str(write_plan(tmp_path / "plan.yaml", plan)), "--verify-cache"], output=output)
+    return code, output.read_text()
+
+
+def test_a_sound_cache_is_verified_and_an_entry_that_is_not_what_the_encoder_makes_is_named(world: Path, tmp_path: Path, filled: Path) -> None:
+    cache = copy_of(filled, tmp_path / "cache")
+    plan = plan_for(world, cache, {}, {})
+    before = {path: path.read_bytes() for path in shards(cache)}
+    code, said = verified(tmp_path, plan)
+    assert code == 0, said
+    assert "latents: 24 entries encoded anew, all as they were kept" in said  # of eight rows each of both sources, of which one has references
+    assert "text: 6 entries encoded anew, all as they were kept" in said
+    assert "; 0 not kept yet" in said
+    assert {path: path.read_bytes() for path in shards(cache)} == before
+
+    store, other = TensorStore(cache / "latents", limit_bytes=None, writer="test"), TensorStore(tmp_path / "other", limit_bytes=None, writer="test")
+    keys = entries(cache, "latents")
+    for key in keys:
+        found = store.get(key)
+        assert found is not None
+        found["latents"][0, 0, 0] += 1e-3 * found["latents"].abs().max()
+        other.put(key, found)
+    other.close()
+    for path in (cache / "latents").iterdir():
+        path.unlink()
+    for path in (tmp_path / "other").iterdir():
+        path.rename(cache / "latents" / path.name)
+    code, said = verified(tmp_path, plan)
+    assert code == 1, said
+    assert "latents: 24 entries encoded anew, 24 differ: " in said
+    assert "text: 6 entries encoded anew, all as they were kept" in said
+    named = said.split("24 differ: ")[1].split(" (")[0].split(", ")
+    assert len(named) == 5
+    assert {bytes.fromhex(name) for name in named} <= keys
+    assert f"delete {cache} to encode everything anew" in said
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ("none", "cache: 'none' keeps nothing that could be verified"),
+        ({"latents": False, "text": False}, "cache: it keeps neither latents nor text"),
+        ({"limit": "0MB"}, "cache.limit: '0MB' is less than a byte"),
+    ],
+)
+def test_a_cache_that_keeps_nothing_is_not_called_verified(world: Path, tmp_path: Path, kept: str | dict[str, object], message: str) -> None:
+    code, said = verified(tmp_path, plan_for(world, None, cache=kept if isinstance(kept, str) else {"folder": str(tmp_path / "cache"), **kept}))
+    assert code == 2, said
+    assert message in said
+    assert "Traceback" not in said
+
+
+# --- without a VAE ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_on_pixels_keeps_its_prompts_alone(world: Path, tmp_path: Path, carried_out: RunPlan) -> None:
+    plan = plan_for(world, tmp_path / "cache", model=str(tiny_flux(tmp_path / "model", pixels=True)))
+    first, again = carried_out("first", plan), carried_out("again", plan)
+    assert again.result == first.result == carried_out("uncached", {**plan, "cache": "none"}).result
+    assert adapter_bytes(again.folder) == adapter_bytes(first.folder)
+    assert (entries(tmp_path / "cache", "latents"), len(entries(tmp_path / "cache", "text"))) == (set(), 6)
+    assert (first.loaded, len(first.prompts)) == (("CLIPTextModel", "T5EncoderModel"), 6)
+    assert (again.loaded, again.prompts, again.hits, again.misses.total()) == ((), (), Counter(text=6), 0)
+    code, said = verified(tmp_path, plan)
+    assert code == 0
+    assert "latents" not in said
+    assert "text: 6 entries encoded anew, all as they were kept" in said
+
+
+# --- no row has another's latents -------------------------------------------------------------------------------------------------------
+
+
+def _picture(number: int, height: int, width: int, form: str) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(content, form)
+    return content.getvalue()
+
+
+PICTURES = [_picture(number, *size, form) for number, size in enumerate([(8, 8), (8, 12), (12, 8), (9, 13)]) for form in ("PNG", "JPEG")]
+SIZES = [(8, 8), (4, 8), (8, 4)]
+PLACES = [0.0, 0.25, 0.25 - 1e-8, 0.5, 1.0]  # the second and third are a pixel apart where an image is cropped by four
+
+
+@dataclass
+class Toy:
+    """What `encode` asks of a family: an encoder that looks at every pixel and its place, one image at a time."""
+
+    identity: str
+    cache: Cache | None
+    device: torch.device = torch.device("cpu")
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        weights = torch.linspace(0.5, 1.5, images[0].numel()).view(images[0].shape) + len(self.identity)
+        return torch.cat([torch.nn.functional.avg_pool2d(image[None] * weights, 2) for image in images])
+
+
+ROWS = st.tuples(st.sampled_from(PICTURES), st.sampled_from(PICTURES), st.builds(View, st.sampled_from(PLACES), st.sampled_from(PLACES), st.booleans()))
+BATCHES = st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES), st.sampled_from(["vae", "another vae"]), st.sampled_from(["", "flush", "open again"]), st.booleans(), st.lists(ROWS, min_size=1, max_size=5))
+
+
+@settings(max_examples=120, deadline=None)
+@given(batches=st.lists(BATCHES, min_size=1, max_size=8), limit=st.sampled_from([None, 1500]))
+def test_what_the_cache_gives_for_a_row_is_what_encoding_that_row_gives(tmp_path_factory: pytest.TempPathFactory, batches: list[Any], limit: int | None) -> None:
+    """Whatever images, shapes, views and encoders share it, with and without room for all; hits and misses stand mixed in one micro-batch."""
+    folder = tmp_path_factory.mktemp("toy")
+
+    def open_cache(identity: str) -> Cache:
+        return Cache(folder, latents_identity=identity, text_identity="t5", limit_bytes=limit, writer="test")
+
+    caches = {identity: open_cache(identity) for identity in ("vae", "another vae")}
+    for target, reference, identity, before, knows_keys, rows in batches:
+        if before == "flush":
+            caches[identity].flush()
+        if before == "open again":
+            caches[identity].close()
+            caches[identity] = open_cache(identity)
+        signature, row_class = Signature(target, (reference,)), RowClass(0, 0, (AS_TARGET,))
+        made: dict[bool, list[Tensor]] = {}
+        for cached in (True, False):
+            family = cast(Family, Toy(identity, caches[identity] if cached else None))
+            kept = KeptLatents(caches[identity]) if cached and knows_keys else None  # what is read without keys is known by its pixels
+            seen = [read_row("toy", str(number), Cells(("",), one, (two,)), row_class, signature, view, kept) for number, (one, two, view) in enumerate(rows)]
+            made[cached] = [encode(family, gathered(size, role)) for size, role in zip((target, reference), zip(*seen, strict=True), strict=True)]
+        for got, wanted in zip(made[True], made[False], strict=True):
+            assert torch.equal(got, wanted)
+    for cache in caches.values():
+        cache.close()
+        assert cache.take_warnings() == []
+    shutil.rmtree(folder)
