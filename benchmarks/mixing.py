@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.memory import Held, harmonic, measure, mixture_of, per_row
 from benchmarks.peers import PEERS, First, in_turns
@@ -43,6 +44,8 @@ AT_ONCE = 64  # steps that are worked out together, as `mixing.mixture` does
 class Settings:
     """How much is measured."""
 
+    sides: tuple[int, ...]
+    """Of the square images that are measured; the last also as files."""
     rows: int
     """Of the tables with images."""
     seconds: float
@@ -59,8 +62,8 @@ class Settings:
     """Rows of the mixtures whose memory is measured; the first is what the others are compared with."""
 
 
-FULL = Settings(1500, 7.0, 9, 200_000, 1_000_000, 25, (5, 50, 500), (10**3, 10**5, 10**6, 10**7))
-QUICK = Settings(150, 0.3, 3, 6_400, 20_000, 5, (5, 50), (10**3, 10**5))
+FULL = Settings((256, 512), 1500, 7.0, 9, 200_000, 1_000_000, 25, (5, 50, 500), (10**3, 10**5, 10**6, 10**7))
+QUICK = Settings((256, 512), 150, 0.3, 3, 6_400, 20_000, 5, (5, 50), (10**3, 10**5))
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,10 @@ def pace(case: Case, draws: int, rounds: int, folder: Path) -> Pace:
 # --- the first batch --------------------------------------------------------------------------------------------------------------------
 
 
-def first_batches(selections: Mapping[str, Selection], side: int, settings: Settings, folder: Path) -> dict[str, First]:
-    """Seconds from an open source to the first batch, at the beginning of a stage and far into it."""
+def first_batches(selections: Mapping[str, Selection], settings: Settings, folder: Path) -> dict[str, First]:
+    """Seconds from open sources to the first batch, at the beginning of a stage and far into it; ours with images, the others' with numbers alone."""
+
+    side = settings.sides[0]
 
     def ours(position: int) -> object:
         step = position // IMAGES
@@ -175,7 +180,8 @@ def sources_drawn(made: StageMixture, draws: int) -> NDArray[np.int64]:
     names = list(made.selections)
     of_cell = np.asarray([names.index(cell.source) for cell in made.order.cells])
     steps = draws // IMAGES
-    return of_cell[np.concatenate([made.order.steps(first, min(AT_ONCE, steps - first)).cell for first in range(0, steps, AT_ONCE)])]
+    cells: NDArray[np.int64] = np.concatenate([made.order.steps(first, min(AT_ONCE, steps - first)).cell for first in range(0, steps, AT_ONCE)])
+    return of_cell[cells].astype(np.int64)
 
 
 def deviations(case: Case, draws: int, folder: Path) -> list[Deviation]:
@@ -192,16 +198,14 @@ def deviations(case: Case, draws: int, folder: Path) -> list[Deviation]:
 
 
 def measured_speeds(settings: Settings, folder: Path) -> list[Speed]:
-    """Throughput of JPEG rows of two sizes in Arrow tables, and of the larger in folders."""
+    """Throughput of JPEG rows of each size in Arrow tables, and of the last in folders."""
     speeds: list[Speed] = []
-    for side in (256, 512):
+    for side in settings.sides:
         place = folder / f"tables-{side}"
         make_tables(place, settings.rows, side)
-        tables = load_tables(place)
-        speeds += throughput(f"{side}x{side} JPEG in Arrow", open_folder(place, folder / "index"), tables, side, settings.seconds, settings.rounds, place)
-    files = folder / "files-512"
-    named = make_folders(tables, files)
-    return speeds + throughput("512x512 JPEG files", open_folder(files, folder / "index"), named, 512, settings.seconds, settings.rounds)
+        speeds += throughput(f"{side}x{side} JPEG in Arrow", open_folder(place, folder / "index"), load_tables(place), side, settings.seconds, settings.rounds, place)
+    named = make_folders(load_tables(place), folder / "files")
+    return speeds + throughput(f"{side}x{side} JPEG files", open_folder(folder / "files", folder / "index"), named, side, settings.seconds, settings.rounds)
 
 
 def measured_memory(settings: Settings, folder: Path) -> list[Held]:
@@ -223,7 +227,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         cases = order_cases(settings.sources)
         report["order"] = paces = [pace(case, settings.draws // 4, settings.rounds, folder) for case in cases]
         console.print(pace_table(paces))
-        report["first_batch"] = first = first_batches(open_folder(folder / "tables-256", folder / "index"), 256, settings, folder)
+        report["first_batch"] = first = first_batches(open_folder(folder / f"tables-{settings.sides[0]}", folder / "index"), settings, folder)
         console.print(first_table(first))
         report["memory"] = held = measured_memory(settings, folder)
         console.print(memory_table(held))
@@ -244,10 +248,10 @@ def machine() -> dict[str, Any]:
 
 
 def speed_table(speeds: Sequence[Speed]) -> Table:
-    """Throughput."""
+    """Throughput. As text, for rich would take the [i] in a name for a style."""
     table = _table("Rows per second, one process, decoded (target: at least 0.95 of bare)", "case", "contender", "rows/s", "of bare", "lowest to highest", "by processor time")
     for each in speeds:
-        table.add_row(each.case, each.contender, f"{each.rows_per_second:,.0f}", f"{each.ratio:.3f}", f"{each.lowest:.3f} to {each.highest:.3f}", f"{each.processor_ratio:.3f}")
+        table.add_row(each.case, Text(each.contender), f"{each.rows_per_second:,.0f}", f"{each.ratio:.3f}", f"{each.lowest:.3f} to {each.highest:.3f}", f"{each.processor_ratio:.3f}")
     return table
 
 
@@ -260,14 +264,13 @@ def pace_table(paces: Sequence[Pace]) -> Table:
     return table
 
 
-def first_table(first: Mapping[str, First | None]) -> Table:
+def first_table(first: Mapping[str, First]) -> Table:
     """The first batch."""
-    table = _table("Time to the first batch (target: at most 1.1 times)", "contender", "at 0", "position", "there", "times", "lowest to highest there")
+    table = _table("Time to the first batch of a stage (target: at most 1.1 times that at 0)", "contender", "at 0", "position", "there", "times", "lowest to highest there")
     for name, each in first.items():
-        if each is not None:
-            spread = f"{min(each.at_position) * 1000:.1f} to {max(each.at_position) * 1000:.1f} ms"
-            times = median(each.at_position) / median(each.at_start)
-            table.add_row(name, f"{median(each.at_start) * 1000:.1f} ms", f"{each.position:,}", f"{median(each.at_position) * 1000:.1f} ms", f"{times:.2f}", spread)
+        spread = f"{min(each.at_position) * 1000:.1f} to {max(each.at_position) * 1000:.1f} ms"
+        times = median(each.at_position) / median(each.at_start)
+        table.add_row(name, f"{median(each.at_start) * 1000:.1f} ms", f"{each.position:,}", f"{median(each.at_position) * 1000:.1f} ms", f"{times:.2f}", spread)
     return table
 
 

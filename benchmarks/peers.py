@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = list[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 """A micro-batch of rows: image, text."""
 
 BATCH = 8
@@ -44,7 +44,7 @@ class Peer:
     """Package that must be installed."""
     read: Callable[[Mapping[str, datasets.Dataset], Mapping[str, int], Path], Iterator[Rows]]
     """Micro-batches without end, of tables with shares; a folder for copies."""
-    first: Callable[[int, int, Path], First] | None = None
+    first: Callable[[int, int, Path], First]
     """Rows of numbers alone: how often to measure, and at which position, at most."""
     drawn: Callable[[Sequence[int], int, Path], NDArray[np.int64]] | None = None
     """The source of each of so many draws by weights; None: those of another function here."""
@@ -262,7 +262,8 @@ def _drawn_by_streams(weights: Sequence[int], draws: int, folder: Path) -> NDArr
 
     mixed = _streamed(_numbered_folders(folder, len(weights)), weights, draws)
     rows = generate_work("random", mixed, World.detect(), 0, 0).ravel()
-    return np.searchsorted(mixed.sample_offset_per_stream, rows[rows >= 0][:draws], side="right") - 1
+    sources: NDArray[np.int64] = np.searchsorted(mixed.sample_offset_per_stream, rows[rows >= 0][:draws], side="right") - 1
+    return sources
 
 
 PEERS: Mapping[str, Peer] = {

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.peers import BATCH, PEERS
+from benchmarks.peers import BATCH, PEERS, Rows
 from benchmarks.rows import SHARES
 from mixing.buckets import Shapes, Signature
 from mixing.images import decode, fit
@@ -153,7 +153,7 @@ def bare_batches(order: Sequence[Sequence[tuple[str, int]]], tables: Mapping[str
         yield _stacked([tables[source][row] for source, row in batch], size, picture)
 
 
-def peer_batches(rows: Iterator[list[Mapping[str, Any]]], size: tuple[int, int]) -> Iterator[torch.Tensor]:
+def peer_batches(rows: Iterator[Rows], size: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Rows of another library, decoded as Medley does: uint8 [B, H, W, 3]."""
     with closing(rows):  # type: ignore[type-var]
         for batch in rows:

@@ -30,6 +30,7 @@ ALONE = 2_000  # rows looked at before other processes are started: that takes a
 _MOST_PROCESSES = 32
 _MOST_WAITING = 8.0  # times as many processes as cores, at most, where a file system is slow to answer
 NO_STAMP = bytes(16)
+_PATIENCE = 120.0  # seconds for a block; a process that takes longer hangs, as one can that was forked while another thread held a lock
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def looked_at(listing: Listing, stamped: bool, earlier: Earlier | None) -> Itera
     """Every row in order. Those that have not changed since an earlier opening are not read.
 
     stamped: whether stamps are wanted. Once there is more to read than pays for it, forked processes take a block each in turn; what comes
-    out is the same. If one of them ends before its time, the rest is read here, so that its error, should it return, is this process's own.
+    out is the same. If one of them ends before its time, or hangs, the rest is read here, so that its error, should it return, is this process's own.
     """
     read, wall, busy = 0, 0.0, 0.0
     for number, block in enumerate(_blocks(listing)):
@@ -177,8 +178,11 @@ def _shared_out(listing: Listing, stamped: bool, earlier: Earlier | None, first:
             workers.append(worker)
             theirs.close()
         for number in count(first):
+            pipe = pipes[(number - first) % processes]
             try:
-                looked = pipes[(number - first) % processes].recv()
+                if not pipe.poll(_PATIENCE):
+                    break
+                looked = pipe.recv()
             except (EOFError, OSError):
                 break
             if not looked:

@@ -21,7 +21,7 @@ from mixing.keys import key
 from mixing.order import Budget, Cell, Drawn, Order
 from mixing.reading import Images, Latents, Seen, View, gathered, read_row
 from mixing.selected import Selection
-from mixing.share_out import share_out
+from mixing.share_out import TooFewImages, read_by, share_out
 from mixing.shares import Mix, Ramp, ramp_steps, weights
 from mixing.tasks import Cells, without_placeholders
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mixing.lanes import LaneReader
 
 _SAMPLED_AT_ONCE = 64  # steps whose order is worked out together
+_CHECKED_AT_ONCE = 4096  # steps of which it is worked out together whether each process has an image
 _ATTEMPTS = 100  # rows tried in the place of one that cannot be decoded
 _MESSAGE = 4 * 2**20  # bytes of pixels that a worker hands over together
 
@@ -125,6 +126,8 @@ class _Request:
     positions: tuple[int, ...]
     cells: tuple[int, ...]
     draws: tuple[int, ...]
+    places: tuple[int, ...]
+    """Which row of its group each gets."""
     given: tuple[tuple[str, Cells, int] | None, ...]
     """Of each image that comes from a stream: its key, what it holds, and its epoch."""
 
@@ -170,7 +173,10 @@ class StageMixture(Dataset[list[_Read]]):
         parts = ramp_steps(mix, {name: selection.counted for name, selection in selections.items()}, budget.steps)
         average = {name: float(sum(part[name] for _, part in parts)) for name in parts[0][1]}
         made = cells(selections, average, levels, micro, tokens_of, budget, drawn_before)
-        within = [cell.weight / sum((other.weight for other, _, _ in made if other.source == cell.source), Fraction(0)) for cell, _, _ in made]
+        whole: dict[str, Fraction] = {}
+        for cell, _, _ in made:
+            whole[cell.source] = whole.get(cell.source, Fraction(0)) + cell.weight
+        within = [cell.weight / whole[cell.source] for cell, _, _ in made]
         segments = [(first, [part[cell.source] * own for (cell, _, _), own in zip(made, within, strict=True)]) for first, part in parts]
         self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, segments)
         self.signatures = tuple(signature for _, _, signature in made)
@@ -184,6 +190,25 @@ class StageMixture(Dataset[list[_Read]]):
     def streams(self) -> dict[str, Selection]:
         """The sources that are read one row after another."""
         return {name: self.selections[name] for name in self.asked if self.selections[name].stream is not None}
+
+    def check_processes(self, first_step: int, processes: int) -> None:
+        """Raise TooFewImages, before anything is read, if a step from this one on has too few images for so many processes, those counted that one alone can read."""
+        cells, steps = self.order.cells, self.budget.steps
+        lanes = {name: selection.stream.num_lanes for name, selection in self.streams.items() if selection.stream is not None}
+        for start in range(first_step, steps if processes > 1 else first_step, _CHECKED_AT_ONCE):
+            counts = self.order.counts(np.arange(start, min(start + _CHECKED_AT_ONCE, steps) + 1))
+            free = np.diff(counts[:, [cell.source not in lanes for cell in cells]].sum(axis=1))
+            pinned = np.zeros((len(free), processes), dtype=np.int64)
+            for name, number in lanes.items():
+                own = [place for place, cell in enumerate(cells) if cell.source == name]
+                pinned += np.diff(read_by(counts[:, own].sum(axis=1) + cells[own[0]].drawn_before, number, processes), axis=0)
+            short = np.flatnonzero((pinned == 0).sum(axis=1) > free)
+            if len(short):
+                step, images = start + int(short[0]), int(np.diff(counts[short[0] : short[0] + 2].sum(axis=1))[0])
+                uneven = [name for name, number in lanes.items() if number % processes]
+                cure = f", or set sources.{uneven[0]}.lanes to a multiple of {processes}" if uneven else ""
+                why = "" if images < processes else ", since its streams are read by the others"
+                raise TooFewImages(f"step {step}, of {images} images, leaves one of the {processes} processes without any{why}; start fewer, or make batch larger{cure}")
 
     def images_before(self, step: int) -> int:
         """Images of the stage before a step."""
@@ -203,10 +228,13 @@ class StageMixture(Dataset[list[_Read]]):
         prompts: list[str] = []
         rows: list[list[Seen]] = []
         broken: list[int] = []
-        for place, (number, draw, given) in enumerate(zip(request.cells, request.draws, request.given, strict=True)):
+        draws = list(zip(request.cells, request.draws, request.places, request.given, strict=True))
+        # All rows are read before any is decoded: taking turns costs a tenth of the decoding of small images.
+        found = [self._found(number, draw, row, given) for number, draw, row, given in draws]
+        for place, ((number, draw, _, given), first) in enumerate(zip(draws, found, strict=True)):
             for attempt in range(_ATTEMPTS if given is None else 1):
                 try:
-                    name, text, seen = self._row(number, draw, attempt, given)
+                    name, text, seen = self._seen(number, first if attempt == 0 else self._found(number, draw, self._instead(number, draw, attempt), None))
                     break
                 except UnreadableRow as error:
                     bad.append(error.bad_row)
@@ -225,17 +253,28 @@ class StageMixture(Dataset[list[_Read]]):
         images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*rows, strict=True), strict=True))
         return _Read(replace(request, given=()), tuple(keys), tuple(prompts), images, tuple(bad))  # what a stream gave need not go back through a worker's pipe
 
-    def _row(self, number: int, draw: int, attempt: int, given: tuple[str, Cells, int] | None) -> tuple[str, str, list[Seen]]:
-        """Key, prompt and images of the row that a draw gets, or if that one was tried already, of another of its group. Raises UnreadableRow."""
-        cell, selection = self.order.cells[number], self.selections[self.order.cells[number].source]
+    def _instead(self, number: int, draw: int, attempt: int) -> int:
+        """Another row of the group of a draw whose own row cannot be decoded. attempt: 1 is the first."""
+        cell = self.order.cells[number]
+        return key(self.seed, "instead", cell.source, cell.group, draw, attempt - 1) % cell.rows
+
+    def _found(self, number: int, draw: int, place: int, given: tuple[str, Cells, int] | None) -> tuple[str, Cells, int] | UnreadableRow:
+        """Key, content and epoch of a row of a draw's group, or why it cannot be read."""
         if given is not None:
-            name, held, epoch = given
-        else:
-            place = int(cell.row(np.asarray([draw], dtype=np.int64), self.seed)[0])
-            if attempt:
-                place = key(self.seed, "instead", cell.source, cell.group, draw, attempt - 1) % cell.rows
-            row, epoch = int(self._rows[number][place]), draw // cell.rows
-            name, held = selection.source.key(row), selection.cells(row)
+            return given
+        cell = self.order.cells[number]
+        selection, row = self.selections[cell.source], int(self._rows[number][place])
+        try:
+            return selection.source.key(row), selection.cells(row), draw // cell.rows
+        except UnreadableRow as error:
+            return error
+
+    def _seen(self, number: int, found: tuple[str, Cells, int] | UnreadableRow) -> tuple[str, str, list[Seen]]:
+        """Key, prompt and images of a row. Raises UnreadableRow."""
+        if isinstance(found, UnreadableRow):
+            raise found
+        name, held, epoch = found
+        cell, selection = self.order.cells[number], self.selections[self.order.cells[number].source]
         view = selection.augmentation.view(self.seed, cell.source, name, epoch)
         seen = read_row(cell.source, name, held, self._classes[number], self.signatures[number], view, self.latents)
         return name, without_placeholders(caption(held.prompts, selection.captions, seed=self.seed, source=cell.source, row=name, epoch=epoch)), seen
@@ -356,13 +395,14 @@ class _Requests(Sampler[tuple[_Request, ...]]):
     def __iter__(self) -> Iterator[tuple[_Request, ...]]:
         for start in range(self.first, self.last, _SAMPLED_AT_ONCE):
             drawn = self.mixture.order.steps(start, min(_SAMPLED_AT_ONCE, self.last - start))
+            rows = self.mixture.order.rows(drawn, self.mixture.seed)
             for offset in range(len(drawn.starts) - 1):
-                yield from self._messages(list(self._step(drawn, offset)))
+                yield from self._messages(list(self._step(drawn, rows, offset)))
 
-    def _step(self, drawn: Drawn, offset: int) -> Iterator[_Request]:
+    def _step(self, drawn: Drawn, rows: NDArray[np.int64], offset: int) -> Iterator[_Request]:
         order, lanes = self.mixture.order, {name: selection.stream.num_lanes for name, selection in self.mixture.streams.items() if selection.stream}
         begin, end = int(drawn.starts[offset]), int(drawn.starts[offset + 1])
-        micro, cell, draw = drawn.micro[begin:end], drawn.cell[begin:end], drawn.draw[begin:end]
+        micro, cell, draw, of_group = drawn.micro[begin:end], drawn.cell[begin:end], drawn.draw[begin:end], rows[begin:end]
         own: NDArray[np.int64] = np.arange(end - begin)
         if self.processes > 1:
             tokens = np.asarray([order.cells[i].tokens for i in cell.tolist()])
@@ -386,6 +426,7 @@ class _Requests(Sampler[tuple[_Request, ...]]):
                 tuple(drawn.first_position + begin + place for place in places),
                 tuple(cell[places].tolist()),
                 tuple(draw[places].tolist()),
+                tuple(of_group[places].tolist()),
                 tuple(given.get(place) for place in places),
             )
 

@@ -38,26 +38,39 @@ def permute(places: Integers, size: int, base: int) -> Integers:
     places: any shape, each in [0, size). A Feistel network over the bits of size - 1 with splitmix64 as its round function; what falls
     outside is sent on until it falls inside (Black and Rogaway 2002). Costs the same for the first place and the last.
     """
-    bits = max(2, int(size - 1).bit_length())
-    low = bits // 2
-    low_mask, high_mask = np.uint64((1 << low) - 1), np.uint64((1 << (bits - low)) - 1)
-    rounds = [np.uint64(key(base, number)) for number in range(_ROUNDS)]
+    one = np.zeros(places.size, dtype=np.int64)  # each by the only permutation
+    return permute_each(places.ravel(), one, np.asarray([size]), _round_keys(base)[None]).reshape(places.shape)
 
-    def network(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        lower, upper = words & low_mask, words >> np.uint64(low)
-        for number, word in enumerate(rounds):
-            if number % 2:
-                lower = lower ^ (scramble(upper ^ word) >> np.uint64(17)) & low_mask
-            else:
-                upper = upper ^ (scramble(lower ^ word) >> np.uint64(17)) & high_mask
-        return upper << np.uint64(low) | lower
 
-    flat = network(places.astype(np.uint64).ravel())
-    outside = np.flatnonzero(flat >= np.uint64(size))
+def permute_each(places: Integers, which: Integers, sizes: Integers, rounds: NDArray[np.uint64]) -> Integers:
+    """As `permute`, by several permutations together. places, which: [N], a place and the number of its permutation. sizes: [P], rounds: [P, 6], of each."""
+    bits = np.asarray([_bits(size) for size in sizes.tolist()], dtype=np.uint64)
+    low, one = bits // np.uint64(2), np.uint64(1)
+    low_mask, high_mask, limit = (one << low) - one, (one << (bits - low)) - one, sizes.astype(np.uint64)
+
+    def network(words: NDArray[np.uint64], own: Integers) -> NDArray[np.uint64]:
+        own_low, masks = low[own], (high_mask[own], low_mask[own])
+        halves = [words >> own_low, words & masks[1]]  # upper, lower
+        for number in range(_ROUNDS):
+            change = number % 2
+            halves[change] = halves[change] ^ (scramble(halves[1 - change] ^ rounds[own, number]) >> np.uint64(17)) & masks[change]
+        joined: NDArray[np.uint64] = halves[0] << own_low | halves[1]
+        return joined
+
+    flat = network(places.astype(np.uint64), which)
+    outside = np.flatnonzero(flat >= limit[which])
     while outside.size:
-        flat[outside] = network(flat[outside])
-        outside = outside[flat[outside] >= np.uint64(size)]
-    return flat.astype(np.int64).reshape(places.shape)
+        flat[outside] = network(flat[outside], which[outside])
+        outside = outside[flat[outside] >= limit[which[outside]]]
+    return flat.astype(np.int64)
+
+
+def _bits(size: int) -> int:
+    return max(2, int(size - 1).bit_length())
+
+
+def _round_keys(base: int) -> NDArray[np.uint64]:
+    return np.asarray([key(base, number) for number in range(_ROUNDS)], dtype=np.uint64)
 
 
 # --- how long a step is ----------------------------------------------------------------------------------------------------------------
@@ -236,6 +249,14 @@ class Order:
         micro, cell, draw = (np.concatenate([getattr(part, name) for part in parts]) for name in ("micro", "cell", "draw"))
         return Drawn(first, parts[0].first_position, np.concatenate(starts), micro, cell, draw)
 
+    def rows(self, drawn: Drawn, seed: int) -> Integers:
+        """The row of each image among those of its group, as `Cell.row` gives it: of all cells together. [images]"""
+        epochs, places = np.divmod(drawn.draw, np.asarray([cell.rows for cell in self.cells])[drawn.cell])
+        pairs, example, which = np.unique(epochs * len(self.groups) + self._group_of[drawn.cell], return_index=True, return_inverse=True)
+        numbers = [divmod(pair, len(self.groups)) for pair in pairs.tolist()]
+        rounds = np.asarray([_round_keys(key(seed, "rows", *self.groups[group], epoch)) for epoch, group in numbers])
+        return permute_each(places, which.ravel(), np.asarray([self.cells[number].rows for number in drawn.cell[example].tolist()]), rounds)
+
     def _edges(self, segment: _Segment, steps: Integers) -> _Edges:
         """Where steps begin in a segment. Where the budget's edge falls inside a micro-batch, images of that one, or of one shortly before it with
         images that fill the step better, are left to the step that begins. steps: [edges].
@@ -270,8 +291,11 @@ class Order:
     def _cell_counts(self, segment: _Segment, images: Integers) -> Integers:
         """Images of each cell in the stage, [edges, cells], from those of each signature in a segment."""
         counts = np.empty((len(images), len(self.cells)), dtype=np.int64)
+        alone = [number for number, members in enumerate(self._members) if members.size == 1]
+        counts[:, [self._members[number][0] for number in alone]] = images[:, alone]
         for number, (members, quota) in enumerate(zip(self._members, segment.cells, strict=True)):
-            counts[:, members] = quota.counts(images[:, number])
+            if members.size > 1:
+                counts[:, members] = quota.counts(images[:, number])
         return counts + segment.drawn_before
 
     def _group_counts(self, counts: Integers) -> Integers:
@@ -301,10 +325,9 @@ class Order:
         micro = np.arange(of_step.size) - np.searchsorted(of_step, of_step)
         # Their images: each gets a cell of its signature, and a number among the images of its group.
         step, image_signature = np.repeat(of_step, length), np.repeat(signature, length)
-        cell = np.empty(step.size, dtype=np.int64)
+        cell = np.asarray([members[0] for members in self._members], dtype=np.int64)[image_signature]
         for index, members in enumerate(self._members):
-            here = np.flatnonzero(image_signature == index)
-            if here.size:
+            if members.size > 1 and (here := np.flatnonzero(image_signature == index)).size:
                 cell[here] = members[_shuffled(per_cell[:, members], key(self._key, "image", self._names[index], segment.first_step))]
         group, before = self._group_of[cell], self._drawn_before + self._group_counts(per_cell)
         together = np.lexsort((group, step))

@@ -27,7 +27,7 @@ from mixing.where import WhereError, parse
 RowNumbers = NDArray[np.int32]
 
 _PLAIN_CAPTIONS, _PLAIN_VIEW = CaptionRules(), Augmentation()
-_MANY = 1_000_000  # rows from which their numbers are kept on disk
+_MANY = 256  # rows from which their numbers are kept on disk
 _AT_ONCE = 1 << 16  # rows whose keys are in memory together
 
 

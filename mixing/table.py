@@ -103,7 +103,8 @@ class TableRows:
         """What the row holds."""
         position = self._position(index)
         (row,) = self.table[position].to_pylist()
-        return self._cells(row, self._place(position)[1])
+        base = self._place(position)[1] if self.names_files else None
+        return to_cells(row, self.task, self.columns, self.prompt, partial(self._locate, base=base))
 
     def found(self) -> Iterator[Found]:
         """Every row of the table. Where its columns say how large the target is, the target is left out."""

@@ -35,6 +35,7 @@ from stages.run import Run
 from stages.sampling import previews, sheet
 
 if TYPE_CHECKING:
+    from mixing.lanes import State
     from stages.open_lanes import Lanes
 
 _MOST_BAD = 0.01
@@ -279,7 +280,8 @@ class Leg:
         counted = self.summed([*(self.images.get(name, 0) for name in names), *(self.tokens.get(name, 0) for name in names), *self.levels])
         lanes = self.lanes.states(self.mixture, self.step)
         if run.accelerator.num_processes > 1 and self.lanes.readers:
-            lanes = {name: {lane: state for own in gather_object([lanes]) for lane, state in own[name].items()} for name in lanes}
+            everywhere: list[dict[str, dict[str, State]]] = gather_object([lanes])
+            lanes = {name: {lane: state for own in everywhere for lane, state in own[name].items()} for name in lanes}
         if run.cache:
             run.cache.flush()
         self.check_rows()

@@ -40,7 +40,7 @@ class Lanes:
 
 
 def open_lanes(run: Run, mixture: StageMixture, checkpoint: Checkpoint | None) -> Lanes:
-    """This process's lanes of each stream. checkpoint: the one that the stage goes on from. Raises ValueError if there are more processes than lanes."""
+    """This process's lanes of each stream. checkpoint: the one that the stage goes on from. Raises ValueError if there are more processes than lanes, or than images in a step."""
     saved: dict[str, dict[str, State]] = checkpoint.state.get("lanes", {}) if checkpoint else {}
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     readers, bad, waits = dict[str, LaneReader](), list[BadRow](), list[str]()
@@ -49,11 +49,12 @@ def open_lanes(run: Run, mixture: StageMixture, checkpoint: Checkpoint | None) -
         waits.append(message)
         run.log.say(f"[yellow]waiting:[/yellow] {message}")
 
+    mixture.check_processes(checkpoint.step if checkpoint and not checkpoint.state["finished"] else 0, processes)
     for name, selection in mixture.streams.items():
         assert selection.stream is not None
         number = selection.stream.num_lanes
         if number < processes:
-            raise ValueError(f"source '{name}' is read in {number} lanes, fewer than the {processes} processes; start fewer, or set sources.{name}.lanes: {processes}")
+            raise ValueError(f"source '{name}' is read in {number} {'lane' if number == 1 else 'lanes'}, fewer than the {processes} processes; start fewer, or set sources.{name}.lanes: {processes}")
         states = {int(lane): state for lane, state in saved.get(name, {}).items() if int(lane) % processes == rank}
         readers[name] = selection.stream.lanes(range(rank, number, processes), states, on_bad=bad.append, stalled=stalled)
     return Lanes(readers, bad, waits, {name: states for name, states in saved.items() if name not in readers})

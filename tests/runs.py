@@ -173,6 +173,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put its own in their place
                 if processes > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                    torch.set_num_threads(1)  # as a launcher sets it; two threads each on two cores take twice as long
                 if rank == 0 and (kill_at is not None or record):
                     _count_events(kill_at, record)
                 code = train.main(arguments)

@@ -20,6 +20,7 @@ import torch
 import mixing.parquet_shards
 import mixing.tar_shards
 from mixing.mixture import StageMixture
+from mixing.share_out import read_by
 from mixing.shards import Row, Values
 from mixing.stream import Stream
 from models import tiny_flux
@@ -89,8 +90,8 @@ def check_shares(folder: Path, made: Sequence[StageMixture]) -> None:
                 assert abs(given[source] - share * given.total()) <= mixture.order.off[source] + 1e-9, (name, step, source)
 
 
-def lanes_of(folder: Path, made: Sequence[StageMixture]) -> dict[str, dict[int, list[str]]]:
-    """Stream to lane to the keys that it gave, in the order of their numbers, over all stages."""
+def draws_of(folder: Path, made: Sequence[StageMixture]) -> dict[str, list[str]]:
+    """Source, of rows of one shape, to the keys that it gave, in the order of its draws, over all stages."""
     lines = iter(traced(folder))
     keys: dict[str, dict[int, str]] = defaultdict(dict)
     for mixture in made:
@@ -101,12 +102,14 @@ def lanes_of(folder: Path, made: Sequence[StageMixture]) -> dict[str, dict[int, 
             assert draw not in keys[line["source"]]
             keys[line["source"]][draw] = line["key"]
     assert next(lines, None) is None
-    lanes: dict[str, dict[int, list[str]]] = {}
-    for source, stream in ((name, selection.stream) for name, selection in made[0].selections.items()):
-        if stream is not None:
-            assert sorted(keys[source]) == list(range(len(keys[source])))
-            lanes[source] = {lane: [keys[source][draw] for draw in range(lane, len(keys[source]), stream.num_lanes)] for lane in range(stream.num_lanes)}
-    return lanes
+    assert all(sorted(own) == list(range(len(own))) for own in keys.values())
+    return {source: [own[draw] for draw in range(len(own))] for source, own in keys.items()}
+
+
+def lanes_of(folder: Path, made: Sequence[StageMixture]) -> dict[str, dict[int, list[str]]]:
+    """Stream to lane to the keys that it gave, in the order of their numbers, over all stages."""
+    draws, streams = draws_of(folder, made), ((name, selection.stream) for name, selection in made[0].selections.items())
+    return {name: {lane: draws[name][lane :: stream.num_lanes] for lane in range(stream.num_lanes)} for name, stream in streams if stream is not None}
 
 
 def rows_of_lanes(stream: Stream | None) -> dict[int, set[str]]:
@@ -235,6 +238,13 @@ def test_each_process_reads_the_rows_of_its_own_lanes_and_no_others(usual_runs: 
         assert set(readers.values()) == {1}
 
 
+def test_held_out_rows_of_streams_are_never_trained_on(usual_runs: Runs) -> None:
+    trained = {(line["source"], line["key"]) for line in traced(usual_runs.folders[1])}
+    held_out = {(name, key) for name, selection in usual_runs.made[0].selections.items() for key in selection.source.keys(selection.held_out)}
+    assert len(held_out) == 2 * 4
+    assert not held_out & trained
+
+
 def test_lane_gives_each_of_its_rows_once_an_epoch_over_both_stages(usual_runs: Runs) -> None:
     finished = {}
     for source, given in lanes_of(usual_runs.folders[4], usual_runs.made).items():
@@ -280,6 +290,32 @@ def test_shares_stay_exact_over_sources_that_run_out_or_end_early(strange_runs: 
     check_shares(strange_runs.folders[4], strange_runs.made)
 
 
+def test_fewer_shards_than_processes_and_shards_that_run_out_give_each_row_once_an_epoch(strange_runs: Runs) -> None:
+    given = lanes_of(strange_runs.folders[4], strange_runs.made)
+    for source in ("one_shard", "two_shards", "cut"):
+        rows = rows_of_lanes(strange_runs.made[0].selections[source].stream)
+        assert check_epochs(given[source], rows) >= 4  # 36 are drawn of 19 and 25 rows, in four lanes
+    assert {key for keys in given["one_row"].values() for key in keys} == {"s-000.tar:0000"}
+
+
+def test_folder_that_runs_out_begins_another_epoch_in_another_order(strange_runs: Runs) -> None:
+    draws = draws_of(strange_runs.folders[4], strange_runs.made)
+    assert set(draws["single"]) == {"000.png"}
+    epochs = [tuple(draws["few"][start : start + 5]) for start in range(0, 35, 5)]
+    assert all(sorted(epoch) == [f"{number:03d}.png" for number in range(5)] for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_shard_that_ends_early_gives_its_whole_rows_and_the_cut_one_is_named_and_counted_once(strange_runs: Runs) -> None:
+    for folder in strange_runs.folders.values():
+        (warning,) = [line["message"] for line in events(folder, "warning")]
+        assert warning.startswith("source 'cut': s-000.tar:0008: the shard ends early: it ends at byte ")
+        (page,) = json.loads((folder / "ledger.json").read_text())["stages"]
+        assert {name: source["dropped"] for name, source in page["sources"].items() if source["dropped"]} == {"cut": {"unreadable": 1}}
+        keys = {line["key"] for line in traced(folder) if line["source"] == "cut"}
+        assert keys == {*(f"s-000.tar:{number:04d}" for number in range(2, 8)), *(f"s-001.tar:{number:04d}" for number in range(12, 24))}
+
+
 # --- rows whose pixels are broken -----------------------------------------------------------------------------------------------------------
 
 
@@ -303,8 +339,93 @@ def test_another_row_of_its_lane_stands_in_for_one_that_cannot_be_decoded_whatev
     carry_out(world / "mended1", plan, "--trace")
     carry_out(world / "mended2", {**plan, "workers": 2}, "--trace", processes=2)
     assert (world / "mended1" / "trace.jsonl").read_bytes() == (world / "mended2" / "trace.jsonl").read_bytes()
+    broken = {f"s-000.tar:{number:04d}" for number in (5, 9)} | {"s-001.tar:0025"}
+    made = mixtures(world / "broken.yaml", plan)
+    rows = rows_of_lanes(made[0].selections["broken"].stream)
+    assert broken < set().union(*rows.values())
+    for lane, keys in lanes_of(world / "mended2", made)["broken"].items():
+        assert set(keys) == rows[lane] - broken  # 18 draws of 9 or 10 rows: what stands in comes from the same lane
     for folder in (world / "mended1", world / "mended2"):
-        ledger = json.loads((folder / "ledger.json").read_text())
-        assert ledger["stages"][0]["sources"]["broken"]["dropped"] == {"unreadable": 3}
+        (page,) = json.loads((folder / "ledger.json").read_text())["stages"]
+        assert page["sources"]["broken"]["dropped"] == {"unreadable": 3}
         warned = [line["message"] for line in events(folder, "warning")]
-        assert sum("cannot be decoded" in message or "0005" in message or "0009" in message or "0025" in message for message in warned) == 3, warned
+        assert {message.split(": ")[1] for message in warned} == broken
+        assert len(warned) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "broken", "said"),
+    [
+        (1, 1, "source 'broken': a row and those that could stand in its place cannot be read; the last: s-000.tar:0000: target: "),
+        (40, 14, "sources.broken: "),
+    ],
+)
+def test_stream_of_too_many_broken_rows_stops_the_run_and_is_named(world: Path, rows: int, broken: int, said: str) -> None:
+    folder = world / f"of{rows}"
+    path = write_tars(folder, (rows,))
+    break_pixels(folder / "s-000.tar", [f"{number:04d}.png" for number in range(rows - broken, rows)])
+    plan = plan_over(world, {"broken": {"path": path, "stream": True, "lanes": 2}}, [{"name": "only", "batch": {"images": 8, "micro": 4}, "mix": {"broken": 1}}])
+    printed = carry_out(world / f"stopped{rows}", plan, expect=2)
+    assert said in printed
+    assert "rows cannot be read, such as s-000.tar:00" in printed or rows == 1
+    assert "Traceback" not in printed
+
+
+# --- going on -------------------------------------------------------------------------------------------------------------------------------
+
+
+def newest(folder: Path) -> dict[str, int]:
+    """Stage folder to the step of its newest checkpoint, of those that have any."""
+    steps = {stage.name: [int(step.name.removeprefix("step-")) for step in stage.glob("step-*")] for stage in (folder / "stages").iterdir()}
+    return {stage: max(found) for stage, found in steps.items() if found}
+
+
+def test_run_killed_between_two_stages_goes_on_in_its_streams_where_they_stood(world: Path, usual: dict[str, Any], usual_runs: Runs, tmp_path: Path) -> None:
+    carry_out(tmp_path / "until", usual, "--trace", "--until", "first", record=tmp_path / "count")
+    carry_out(tmp_path / "killed", usual, "--trace", kill_at=int((tmp_path / "count").read_text()) + 1)
+    assert newest(tmp_path / "killed") == {"1-first": 8}
+    carry_out(tmp_path / "killed", usual, "--trace", processes=2)
+    assert (tmp_path / "killed" / "trace.jsonl").read_bytes() == (usual_runs.folders[1] / "trace.jsonl").read_bytes()
+
+
+def test_run_goes_on_with_another_number_of_processes_in_the_same_rows(world: Path, usual: dict[str, Any], usual_runs: Runs, tmp_path: Path) -> None:
+    plan = {**usual, "save_every": 1}
+    folder = tmp_path / "run"
+    steps = []
+    for processes, kill_at in ((1, 40), (2, 60), (4, 90)):
+        carry_out(folder, plan, "--trace", processes=processes, kill_at=kill_at)
+        steps.append(newest(folder))
+    carry_out(folder, plan, "--trace")
+    assert ["2-second" in step for step in steps] == [False, False, True], steps
+    assert 0 < steps[0]["1-first"] < steps[1]["1-first"] < 8, steps
+    assert steps[2]["2-second"] < 5, steps
+    assert (folder / "trace.jsonl").read_bytes() == (usual_runs.folders[1] / "trace.jsonl").read_bytes()
+
+
+def test_more_processes_than_lanes_are_refused_with_the_cure(world: Path, usual: dict[str, Any], tmp_path: Path) -> None:
+    usual = {**usual, "sources": {**usual["sources"], "hub": {**usual["sources"]["hub"], "lanes": 1}}}
+    printed = carry_out(tmp_path / "run", usual, processes=2, expect=2)
+    assert "source 'hub' is read in 1 lane, fewer than the 2 processes; start fewer, or set sources.hub.lanes: 2" in printed
+    assert "Traceback" not in printed
+
+
+def test_step_that_leaves_a_process_without_an_image_is_refused_before_the_first(world: Path, usual: dict[str, Any], tmp_path: Path) -> None:
+    sources = {"tars": {**usual["sources"]["tars"], "lanes": 16}}
+    plan = plan_over(world, sources, [{"name": "only", "batch": {"images": 3}, "mix": {"tars": 1}}])
+    printed = carry_out(tmp_path / "run", plan, processes=3, expect=2)
+    assert (
+        "step 5, of 3 images, leaves one of the 3 processes without any, since its streams are read by the others; "
+        "start fewer, or make batch larger, or set sources.tars.lanes to a multiple of 3"
+    ) in printed
+    assert "Traceback" not in printed
+    (made,) = mixtures(tmp_path / "plan.yaml", plan)
+    made.check_processes(6, 3)
+    made.check_processes(0, 2)
+
+
+@pytest.mark.parametrize(("lanes", "processes"), [(5, 3), (8, 2), (16, 3), (7, 7)])
+def test_counts_of_draws_that_each_process_reads_are_those_of_its_lanes(lanes: int, processes: int) -> None:
+    readers = np.arange(100) % lanes % processes
+    counted = read_by(np.arange(101), lanes, processes)
+    for process in range(processes):
+        assert counted[:, process].tolist() == [0, *np.cumsum(readers == process)]
