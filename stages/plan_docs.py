@@ -35,7 +35,7 @@ adapter: {rank: 16, alpha: 16, targets: attention}
 sources:
   t2i:     {path: data/t2i}                                       # images with .txt captions
   subject: {path: hub/user/subjects, task: subject, columns: {target: image, reference: ref, prompt: text}}
-  edit:    {path: data/edits.jsonl, task: edit}
+  edit:    {path: data/edits.jsonl, task: edit, where: width >= 512 and aspect < 2}
   other:   {path: "data/other-{000..063}.parquet", task: other, take: {count: 213000, by: random, seed: 3}}
 stages:
   - name: expose                     # every kind is seen, in proportion to its size
@@ -48,8 +48,8 @@ stages:
   - name: refine
     steps: 1000
     mix: {t2i: 50, subject: 20, edit: 10, other: 10}
-    resolution: 512
-    batch: 32
+    resolution: [{pixels: 384, share: 25}, {pixels: 512, share: 50}, {pixels: 768, share: 25}]     # mixed, each in its exact share
+    batch: {tokens: 65536}           # the same work each step, whatever the images' sizes
     lr: 1e-4
     ema: 0.999                       # this average is evaluated and published
     handoff: {optimizer: keep_v}
@@ -97,6 +97,23 @@ A longer one, whose stages differ in mix, resolution, precision, learning rate a
   `lr: {{peak: 1e-4, schedule: cosine}}`.
 - `null` is the same as leaving an optional field out; where it is something else, it is named below.
 - Editors complete and check a plan that begins with the line `# yaml-language-server: $schema=../docs/plan.schema.json`.
+
+## What a step holds
+
+Images go into buckets: a row's class follows from the sizes of its images alone, a stage's resolution turns classes into shapes. A micro-batch holds rows of one shape; the
+images of a stage stand in one long line of micro-batches, and a step is a piece of that line, so many images or tokens long. Where a step ends inside a micro-batch the rest of it
+opens the next step: nothing is dropped, and nothing is waited for. Tokens are those that the transformer computes on, of target, references and prompt. At the end of
+every step each source's images differ from its share by less than 2 where all rows have one shape, and by about one micro-batch where they have not; `--explain` shows
+the buckets of every source. Processes share a step's images out so that each has as many tokens, whatever their number.
+
+## Conditions
+
+`where` is a condition on a row: `512 <= width < 2048 and style in ["photo", "film"] and not prompt contains "blurry"`.
+
+- Names are the table's columns (those that are no words between backticks: `` `aesthetic score` > 5 ``), and `width`, `height`, `pixels`, `aspect` (width / height), `references`, `prompt`.
+- `<`, `<=`, `>`, `>=`, `==`, `!=`, also in chains; `+ - * /` on numbers; `in [...]`, `not in [...]`; `contains "words"` and `not contains`, whole words in any case;
+  `is none`, `is not none`; `and`, `or`, `not`, parentheses; a column of true and false stands for itself.
+- A missing value makes a comparison false. A number compared with a text is an error, and so is an unknown name. Nothing is evaluated as Python.
 """
 
 _WHERE = {

@@ -20,8 +20,8 @@ import torch
 import mixing.parquet_shards
 import mixing.tar_shards
 from mixing.mixture import StageMixture
-from mixing.share_out import read_by
 from mixing.shards import Row, Values
+from mixing.share_out import read_by
 from mixing.stream import Stream
 from models import tiny_flux
 from runs import carry_out, events, plan_of, square, traced, words, write_plan, write_tables, write_tars
@@ -356,18 +356,17 @@ def test_another_row_of_its_lane_stands_in_for_one_that_cannot_be_decoded_whatev
 @pytest.mark.parametrize(
     ("rows", "broken", "said"),
     [
-        (1, 1, "source 'broken': a row and those that could stand in its place cannot be read; the last: s-000.tar:0000: target: "),
-        (40, 14, "sources.broken: "),
+        (1, range(1), "source 'broken': a row and those that could stand in its place cannot be read; the last: s-000.tar:0000: target: "),
+        (40, range(4, 40, 3), "rows cannot be read, such as s-000.tar:00"),
     ],
 )
-def test_stream_of_too_many_broken_rows_stops_the_run_and_is_named(world: Path, rows: int, broken: int, said: str) -> None:
+def test_stream_of_too_many_broken_rows_stops_the_run_and_is_named(world: Path, rows: int, broken: Sequence[int], said: str) -> None:
     folder = world / f"of{rows}"
     path = write_tars(folder, (rows,))
-    break_pixels(folder / "s-000.tar", [f"{number:04d}.png" for number in range(rows - broken, rows)])
+    break_pixels(folder / "s-000.tar", [f"{number:04d}.png" for number in broken])
     plan = plan_over(world, {"broken": {"path": path, "stream": True, "lanes": 2}}, [{"name": "only", "batch": {"images": 8, "micro": 4}, "mix": {"broken": 1}}])
     printed = carry_out(world / f"stopped{rows}", plan, expect=2)
     assert said in printed
-    assert "rows cannot be read, such as s-000.tar:00" in printed or rows == 1
     assert "Traceback" not in printed
 
 
