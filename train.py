@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from stages.check import check_plan, plan_notes
-from stages.plan import Plan, Stage, resolved_plan, resolved_rate
-from stages.problems import PlanError, RunError
+from stages.plan import Plan, Stage
+from stages.problems import PlanError, RowsError, RunError
 from stages.reader import ReadPlan, read_plan
+from stages.resolved import resolved_plan, resolved_rate
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
     from stages.checkpoint import Checkpoint
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if verify_cache(read.plan, Console()) else 1
         return launch(read.plan, out=given.out, until=given.until, trace=given.trace)
     except PlanError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, RowsError):  # of all others every process finds the same
+            print(error if rank == "0" else f"process {rank}: {error}", file=sys.stderr)
         return 2
     except RunError as error:
         rank = os.environ.get("RANK", "0")

@@ -41,7 +41,10 @@ def share_out(tokens: Integers, owner: Integers, processes: int) -> list[Integer
 
 
 def read_by(draws: Integers, lanes: int, processes: int) -> Integers:
-    """How many of the first so many draws of a stream each process reads, [*draws.shape, processes]: draw d is of lane d % lanes, and process r reads the lanes v with v % processes == r."""
+    """How many of the first so many draws of a stream each process reads, [*draws.shape, processes].
+
+    Draw d is of lane d % lanes, and process r reads the lanes v with v % processes == r.
+    """
     whole, rest = np.divmod(draws[..., None], lanes)
     ranks = np.arange(processes)
     own, begun = (np.maximum(number - ranks + processes - 1, 0) // processes for number in (lanes, rest))

@@ -1,7 +1,8 @@
 """The cache: latents and encoded prompts on disk, by content, shared by stages and runs. What is missing is encoded, one image or prompt at a time, and kept.
 
 Everything that an encoding depends on is in its key: the image's bytes, what was done to its pixels, the prompt, the encoder's weights. So an entry never
-goes stale, and one that was made anywhere is the one that would be made here.
+goes stale, and one that was made anywhere is the one that would be made here: to the bit on the same kind of machine with as many threads, else to rounding
+(on a CPU the latents of 256 pixels and more differ by up to 3e-7 between one thread and two; torch 2.13).
 """
 
 from __future__ import annotations

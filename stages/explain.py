@@ -17,8 +17,9 @@ from mixing.buckets import Signature
 from mixing.mixture import StageMixture
 from mixing.selected import Selection
 from stages.feed import Sizes, stage_mixture
-from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage, resolution_words, resolved_rate, resolved_storage, step_words
+from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage
 from stages.problems import PlanError
+from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
 
 MANY_EPOCHS = 20
 _BYTES_OF_TRAINED = 16  # of each parameter: float32 weight, gradient and AdamW's two moments

@@ -12,7 +12,8 @@ from mixing.order import Budget
 from mixing.reading import Latents
 from mixing.selected import Selection
 from mixing.shares import Mix, Ramp
-from stages.plan import Change, MicroTokens, MixRamp, Stage, main_resolution, resolved_batch, resolved_levels
+from stages.plan import Change, MicroTokens, MixRamp, Stage
+from stages.resolved import main_resolution, resolved_batch, resolved_levels
 
 # Where the plan does not say, a micro-batch has at most so many images, or as many tokens as so many of the largest ...
 _MICRO = 4

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
 from stages.handoff import ADAPTER_FILE, build_model, probe, probe_batches
-from stages.plan import resolved_storage
 from stages.precision import StagePrecision
 from stages.publish import model_card, publish_adapter
 from stages.reader import to_yaml
 from stages.report import first_table, write_report
+from stages.resolved import resolved_storage
 
 if TYPE_CHECKING:
     from stages.run import Run

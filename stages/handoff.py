@@ -24,8 +24,9 @@ from stages.checkpoint import Checkpoint, newest_checkpoint
 from stages.encode import encode
 from stages.families.base import Family
 from stages.objectives import flow
-from stages.plan import Plan, Stage, resolved_storage
+from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision
+from stages.resolved import resolved_storage
 
 _PROBED_T = (0.1, 0.5, 0.9)
 _PROBED_ROWS = 4

@@ -26,11 +26,12 @@ from stages.handoff import probe, probe_batches
 from stages.ledger import ledger_entry
 from stages.objectives.flow import Density
 from stages.optim import Average, optimizer_state
-from stages.plan import Stage, main_resolution, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
+from stages.plan import Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
 from stages.report import write_report
+from stages.resolved import main_resolution, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import previews, sheet
 

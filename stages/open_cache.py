@@ -7,8 +7,8 @@ from pathlib import Path
 from stages.cache import Cache
 from stages.families.base import Family
 from stages.plan import Cache as Asked
-from stages.plan import in_bytes
 from stages.problems import PlanError
+from stages.resolved import in_bytes
 
 
 def open_cache(folder: Path, family: Family, asked: Asked, writer: str) -> Cache:

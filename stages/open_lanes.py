@@ -53,8 +53,6 @@ def open_lanes(run: Run, mixture: StageMixture, checkpoint: Checkpoint | None) -
     for name, selection in mixture.streams.items():
         assert selection.stream is not None
         number = selection.stream.num_lanes
-        if number < processes:
-            raise ValueError(f"source '{name}' is read in {number} {'lane' if number == 1 else 'lanes'}, fewer than the {processes} processes; start fewer, or set sources.{name}.lanes: {processes}")
         states = {int(lane): state for lane, state in saved.get(name, {}).items() if int(lane) % processes == rank}
         readers[name] = selection.stream.lanes(range(rank, number, processes), states, on_bad=bad.append, stalled=stalled)
     return Lanes(readers, bad, waits, {name: states for name, states in saved.items() if name not in readers})

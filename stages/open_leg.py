@@ -18,9 +18,10 @@ from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, p
 from stages.leg import Leg, TrainingError, Window, stage_event
 from stages.open_lanes import open_lanes
 from stages.optim import Average, load_optimizer_state, make_optimizer
-from stages.plan import Stage, resolution_words, resolved_rate, resolved_storage, step_words
+from stages.plan import Stage
 from stages.precision import StagePrecision
 from stages.reader import PlanError
+from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import JudgeError
 

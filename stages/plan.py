@@ -6,7 +6,6 @@ and docs/plan.md and docs/plan.schema.json are generated from the docstrings bel
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -143,7 +142,8 @@ class Source(_Word):
     references: Annotated[int, Field(strict=True, ge=0, le=16)] | None = None
     """How many references each row of a stream has; rows with another number are bad rows. Left out: none for text_to_image, else one."""
     lanes: Annotated[int, Field(strict=True, ge=1, le=1024)] = 8
-    """In how many lanes a stream is read; processes share them out, so it is the largest number of processes. What is drawn depends on it."""
+    """In how many lanes a stream is read; processes share them out, so it is the largest number of processes, and best a
+    multiple of it. What is drawn depends on it."""
     captions: Captions = Captions()
     """What is done to prompts."""
     augment: Augment = Augment()
@@ -381,73 +381,3 @@ class Plan(_Word):
 
 Stage.model_rebuild()
 Plan.model_rebuild()
-
-
-def resolved_batch(stage: Stage) -> Batch:
-    """The stage's batch as a mapping, `micro` filled in where it is a number of images: the largest divisor of `images` that is at most 4.
-
-    With `tokens`, or images that change, what a micro-batch holds by default follows from the shapes that occur, and is left out here.
-    """
-    batch = stage.batch if isinstance(stage.batch, Batch) else Batch(images=stage.batch)
-    if batch.micro is not None or not isinstance(batch.images, int):
-        return batch
-    return batch.model_copy(update={"micro": max(size for size in (1, 2, 3, 4) if batch.images % size == 0)})
-
-
-def resolved_levels(stage: Stage) -> list[Level]:
-    """The stage's resolutions; one with a share of 1 where it has one."""
-    return stage.resolution if isinstance(stage.resolution, list) else [Level(pixels=stage.resolution, share=1.0)]
-
-
-def main_resolution(stage: Stage) -> int:
-    """The largest of the stage's resolutions, at which held-out rows are seen."""
-    return max(level.pixels for level in resolved_levels(stage))
-
-
-def step_words(stage: Stage) -> str:
-    """What a step holds, in words: `32 images`, `65,536 tokens`, `16 to 64 images`."""
-    batch = resolved_batch(stage)
-    unit, asked = ("images", batch.images) if batch.images is not None else ("tokens", batch.tokens)
-    counted = f"{asked.first:,} to {asked.last:,}" if isinstance(asked, Change) else f"{asked:,}"
-    return "1 image" if asked == 1 and unit == "images" else f"{counted} {unit}"
-
-
-def resolution_words(stage: Stage) -> str:
-    """The stage's resolutions, in words: `512`, `256, 512 and 768`."""
-    sides = [str(level.pixels) for level in resolved_levels(stage)]
-    return sides[0] if len(sides) == 1 else f"{', '.join(sides[:-1])} and {sides[-1]}"
-
-
-def in_bytes(size: str) -> int:
-    """`200GB` in bytes. Units: MB, GB, TB of 1000, MiB, GiB, TiB of 1024."""
-    found = re.fullmatch(r"([0-9.]+) ?([MGT])(i?)B", size)
-    assert found is not None
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2))
-
-
-def resolved_rate(stage: Stage) -> LearningRate:
-    """The stage's learning rate with `warmup` filled in, min(100, 5 % of the steps, rounded down), and `floor` where the schedule has one, 0."""
-    rate = stage.lr if isinstance(stage.lr, LearningRate) else LearningRate(peak=stage.lr)
-    filled: dict[str, int | float] = {}
-    if rate.warmup is None:
-        filled["warmup"] = min(100, stage.steps // 20)
-    if rate.floor is None and rate.schedule != "constant":
-        filled["floor"] = 0.0
-    return rate.model_copy(update=filled)
-
-
-def resolved_storage(stage: Stage) -> Storage:
-    """What the stage's frozen weights are stored in."""
-    if stage.base is not None:
-        return stage.base
-    return "fp32" if stage.precision == "fp32" or stage.train == "full" else "bf16"
-
-
-def resolved_plan(plan: Plan) -> Plan:
-    """The same plan with every number that a default computes written as a number: micro-batches, warm-ups, floors, storage and alpha."""
-    stages = [
-        stage.model_copy(update={"batch": resolved_batch(stage), "lr": resolved_rate(stage), "base": resolved_storage(stage)})
-        for stage in plan.stages
-    ]
-    adapter = plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
-    return plan.model_copy(update={"stages": stages, "adapter": adapter})

@@ -47,6 +47,10 @@ class PlanError(ValueError):
         return cls([Problem(place, "", message)])
 
 
+class RowsError(PlanError):
+    """Rows that cannot be used, found by one process while it reads; the others know nothing of them."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, though plan and data are right; the message says what was found and what to do."""
 

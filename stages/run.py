@@ -42,9 +42,11 @@ from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton
 from stages.ledger import dropped_rows
 from stages.open_cache import open_cache
 from stages.open_sources import index_folder, open_selections
-from stages.plan import Plan, Stage, main_resolution, resolved_storage
+from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
-from stages.reader import PlanError, to_yaml
+from stages.problems import PlanError, RowsError, RunError
+from stages.reader import to_yaml
+from stages.resolved import main_resolution, resolved_storage
 from stages.sampling import Judge, accuracy, fit_judge
 from stages.track import Log, Trace
 
@@ -269,6 +271,11 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
                 raise PlanError.at(f"stages[{index}].batch", message)
         selections = _opened(plan, accelerator)
         model = fingerprint(plan.model)
+        for name, selection in selections.items():
+            if selection.stream is not None and selection.stream.num_lanes < accelerator.num_processes:
+                lanes = "1 lane" if selection.stream.num_lanes == 1 else f"{selection.stream.num_lanes} lanes"
+                message = f"source '{name}' is read in {lanes}, fewer than the {accelerator.num_processes} processes; start fewer, or set sources.{name}.lanes: {accelerator.num_processes}"
+                raise PlanError.at(f"sources.{name}", message)
         checkpoints: list[Checkpoint | None] = []
         said: list[str] = []
         for index, stage in enumerate(plan.stages):
@@ -300,7 +307,11 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         try:
             yield run
         except (TooManyBadRows, TooFewImages, SourceError) as error:
-            raise PlanError.at("", str(error)) from None
+            raise RowsError.at("", str(error)) from None
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and "closed by peer" in str(error):  # gloo's words (torch 2.13)
+                raise RunError("another process has ended; what it says is the reason") from None
+            raise
         finally:
             if run.cache:
                 run.cache.close()

@@ -30,8 +30,9 @@ from stages.families.open import open_family
 from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
 from stages.open_sources import open_selections
-from stages.plan import Plan, resolved_levels
+from stages.plan import Plan
 from stages.problems import PlanError
+from stages.resolved import resolved_levels
 
 PART = 0.01
 """Which part of a source's rows is looked at."""

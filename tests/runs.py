@@ -83,6 +83,16 @@ def write_tars(folder: Path, sizes: Sequence[int], reference: bool = False) -> s
     return str(folder / "*.tar")
 
 
+def break_pixels(shard: Path, names: Sequence[str]) -> None:
+    """Overwrite what stands behind the headers of some PNGs of a tar."""
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        for name in names:
+            member = tar.getmember(name)
+            content[member.offset_data + 41 : member.offset_data + member.size] = bytes(member.size - 41)
+    shard.write_bytes(content)
+
+
 def write_tables(folder: Path, sizes: Sequence[int], group: int = 8) -> str:
     """Parquet files of so many squares each, in row groups of `group`; gives their pattern."""
     folder.mkdir(parents=True)

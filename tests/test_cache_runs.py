@@ -239,6 +239,19 @@ def test_with_everything_kept_a_run_loads_no_encoder_and_misses_nothing(world: P
     assert not shown.misses.total()
 
 
+def test_what_a_plan_does_not_keep_is_neither_looked_for_nor_kept(world: Path, tmp_path: Path, carried_out: RunPlan, uncached: Uncached, filled: Path) -> None:
+    for left_out, kept, loaded in (("latents", "text", ("AutoencoderKL",)), ("text", "latents", ("CLIPTextModel", "T5EncoderModel"))):
+        folder = copy_of(filled, tmp_path / f"without-{left_out}")
+        shutil.rmtree(folder / left_out)
+        plan = plan_for(world, folder)
+        plan["cache"][left_out] = False
+        done = carried_out(f"run-without-{left_out}", plan)
+        assert done.loaded == loaded
+        assert (set(done.hits), done.misses.total()) == ({kept}, 0)
+        assert entries(folder, left_out) == set()
+        assert done.result == uncached(1, 1).result
+
+
 # --- what changed is encoded anew, and nothing else -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.optim import Average, load_optimizer_state, make_optimizer, optimizer_state, rate_at
-from stages.plan import LearningRate, Optimizer, Stage, resolved_rate
+from stages.plan import LearningRate, Optimizer, Stage
+from stages.resolved import resolved_rate
 
 SETTINGS = Optimizer(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 

@@ -28,9 +28,10 @@ from stages import plan as plan_types
 from stages.check import check_plan, plan_notes
 from stages.document import resolve
 from stages.families import FAMILIES
-from stages.plan import LearningRate, Plan, Power, Stage, resolved_batch, resolved_plan, resolved_rate, resolved_storage
+from stages.plan import LearningRate, Plan, Power, Stage
 from stages.problems import Problem, quoted
 from stages.reader import PlanError, read_plan, resolved, to_yaml
+from stages.resolved import resolved_batch, resolved_plan, resolved_rate, resolved_storage
 from stages.shape import NAME_PATTERN
 
 ROOT = Path(__file__).resolve().parent.parent

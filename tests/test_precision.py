@@ -17,9 +17,10 @@ from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable, without_input_casts
 from stages.check import check_plan
 from stages.families.flux import Flux
-from stages.plan import Adapter, resolved_storage
+from stages.plan import Adapter
 from stages.precision import DTYPES, LaunchError, Multiplied, StagePrecision, start_accelerator
 from stages.reader import read_plan
+from stages.resolved import resolved_storage
 
 CPU = torch.device("cpu")
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

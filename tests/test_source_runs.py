@@ -15,7 +15,7 @@ import pytest
 
 from mixing.stream import Stream
 from models import tiny_flux
-from runs import adapter_bytes, carry_out, events, plan_of, square, traced, words, write_tables, write_tars
+from runs import adapter_bytes, break_pixels, carry_out, events, plan_of, square, traced, words, write_tables, write_tars
 
 pytestmark = pytest.mark.launch
 
@@ -98,12 +98,16 @@ def indexed(world: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def streamed(world: Path) -> dict[str, Any]:
-    """Streams: shards on this machine, datasets as the Hub has them (tables, shards, and what `datasets` itself reads), one row, and a shard that ends early."""
+    """Streams: shards on this machine; datasets as the Hub has them (tables, shards, what `datasets` itself reads); one row; a shard that ends early.
+
+    Beside the last one lies a shard with a broken image.
+    """
     write_tables(world / "user" / "tables" / "data", (10, 8), group=4)
     write_tars(world / "user" / "tars", (10, 8))
     write_metadata(world / "user" / "images")
     cut = write_tars(world / "cut", (8, 5))
     (world / "cut" / "s-000.tar").write_bytes((world / "cut" / "s-000.tar").read_bytes()[: 5 * 2048 + 530])  # inside the sixth row's image
+    break_pixels(world / "cut" / "s-001.tar", ["0010.png"])
     sources = {
         "tar": {"path": write_tars(world / "streamed-tar", (6, 5, 7)), "captions": {"dropout": 0.2}},
         "parquet": {"path": write_tables(world / "streamed-parquet", (9, 9), group=4), "augment": {"flip": 0.5}},
@@ -146,6 +150,8 @@ def test_killed_run_over_every_kind_of_source_ends_as_the_undisturbed_one(
     carry_out(whole, plan, "--trace", processes=processes, record=tmp_path / "count")
     given = Counter((line["stage"], line["source"]) for line in traced(whole))
     assert given == {(stage, source): 8 for stage in ("first", "second") for source in sources}
+    for number in ("s-000.tar:0005", "s-001.tar:0010"):  # the cut row, and the broken one
+        assert (kinds != "indexed") == any(number in line["message"] for line in events(whole, "warning"))
     count = int((tmp_path / "count").read_text())
     stood = []
     for number in range(4):

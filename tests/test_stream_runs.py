@@ -24,12 +24,12 @@ from mixing.shards import Row, Values
 from mixing.share_out import read_by
 from mixing.stream import Stream
 from models import tiny_flux
-from runs import carry_out, events, plan_of, square, traced, words, write_plan, write_tables, write_tars
+from runs import break_pixels, carry_out, events, plan_of, square, traced, words, write_plan, write_tables, write_tars
 from stages.families.open import open_family
 from stages.feed import Sizes, stage_mixture
 from stages.open_sources import open_selections
-from stages.plan import resolved_plan
 from stages.reader import read_plan
+from stages.resolved import resolved_plan
 
 pytestmark = pytest.mark.launch
 
@@ -317,16 +317,6 @@ def test_shard_that_ends_early_gives_its_whole_rows_and_the_cut_one_is_named_and
 
 
 # --- rows whose pixels are broken -----------------------------------------------------------------------------------------------------------
-
-
-def break_pixels(shard: Path, names: Sequence[str]) -> None:
-    """Overwrite what stands behind the headers of some PNGs of a tar."""
-    content = bytearray(shard.read_bytes())
-    with tarfile.open(shard) as tar:
-        for name in names:
-            member = tar.getmember(name)
-            content[member.offset_data + 41 : member.offset_data + member.size] = bytes(member.size - 41)
-    shard.write_bytes(content)
 
 
 def test_another_row_of_its_lane_stands_in_for_one_that_cannot_be_decoded_whatever_the_number_of_processes(world: Path) -> None:
