@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.rows import computed_facts, computed_sources
 from mixing.buckets import Shapes, Signature
-from mixing.mixture import Level, Micro, StageMixture
+from mixing.cells import Level, Micro
+from mixing.mixture import StageMixture
 from mixing.order import Budget
 from mixing.selected import Choice, Selection, select
 

@@ -20,9 +20,11 @@ from PIL import Image
 
 from benchmarks.peers import BATCH, PEERS, Rows
 from benchmarks.rows import SHARES
+from mixing.batch import MicroBatch
 from mixing.buckets import Shapes, Signature
+from mixing.cells import Level, Micro
 from mixing.images import decode, fit
-from mixing.mixture import Level, Micro, MicroBatch, StageMixture
+from mixing.mixture import StageMixture
 from mixing.order import Budget
 from mixing.selected import Selection
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mixing.bad_rows import BadRow, UnreadableRow
-from mixing.buckets import RowClass, Shapes, Signature
-from mixing.captions import caption, plain
+from mixing.batch import MicroBatch
+from mixing.buckets import Signature
+from mixing.captions import caption
+from mixing.cells import Level, Micro, cells
 from mixing.keys import key
-from mixing.order import Budget, Cell, Drawn, Order
-from mixing.reading import Images, Latents, Seen, View, gathered, read_row
+from mixing.order import Budget, Drawn, Order
+from mixing.reading import Images, Latents, Seen, gathered, read_row
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages, read_by, share_out
-from mixing.shares import Mix, Ramp, ramp_steps, weights
+from mixing.shares import Mix, Ramp, ramp_steps
 from mixing.tasks import Cells, without_placeholders
 
 if TYPE_CHECKING:
@@ -38,81 +40,6 @@ _MESSAGE = 4 * 2**20  # bytes of pixels that a worker hands over together
 
 class TooManyBadRows(ValueError):
     """A source has more unreadable rows than its plan lets pass."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of a stage, and its share of the images."""
-
-    shapes: Shapes
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Micro:
-    """What a micro-batch may hold, one forward and backward pass of one process: so many images, so many tokens, or no more than either."""
-
-    images: int | None = None
-    tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Images of one forward and backward pass, all of one signature. B: images."""
-
-    step: int
-    micro: int
-    """Which micro-batch of its step, over all processes; one that two processes share has the same number on both."""
-    positions: tuple[int, ...]
-    """Number of each image in the stage: what its noise and timestep are derived from."""
-    sources: tuple[str, ...]
-    keys: tuple[str, ...]
-    prompts: tuple[str, ...]
-    targets: Images
-    references: tuple[Images, ...]
-    """The first is every image's first reference, and so on."""
-    tokens: int = 1
-    """Of each image: its target's, its references' and its prompt's."""
-    level: int = 0
-    """Which of the stage's resolutions."""
-    step_images: int = 0
-    """Images of the step over all processes."""
-    is_last: bool = True
-    """Whether it is this process's last one of its step."""
-    bad: tuple[BadRow, ...] = ()
-    """Rows that could not be decoded, and in whose place others stand."""
-
-    def pin_memory(self) -> MicroBatch:
-        """The same with its images in page-locked memory, from which a GPU copies beside its work."""
-        return replace(self, targets=self.targets.pin_memory(), references=tuple(r.pin_memory() for r in self.references))
-
-
-def cells(
-    selections: Mapping[str, Selection], mix: Mix, levels: Sequence[Level], micro: Micro, tokens_of: Callable[[Signature], int], budget: Budget, drawn_before: Mapping[tuple[str, str], int]
-) -> list[tuple[Cell, RowClass, Signature]]:
-    """The cells that a mix draws from: a source's share is divided among its classes by their rows, and among the levels by their shares.
-
-    Errors as `mixing.shares.weights`; ValueError too where an image has more tokens than a micro-batch or a step may have.
-    """
-    drawn = weights(mix, {name: selection.counted for name, selection in selections.items()})
-    least = min(budget.first, budget.last)
-    made = []
-    for name, weight in drawn.items():
-        selection = selections[name]
-        rows = sum(len(rows) for rows in selection.training.values())
-        for row_class, own in selection.training.items():
-            for number, level in enumerate(levels):
-                signature = level.shapes.signature(row_class)
-                tokens = tokens_of(signature)
-                if micro.tokens is not None and tokens > micro.tokens:
-                    raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, and a micro-batch at most {micro.tokens:,}; raise batch.micro.tokens to that, or lower the resolution")
-                if budget.unit == "tokens" and tokens > least:
-                    raise ValueError(f"an image of source '{name}', {signature} pixels, has {tokens:,} tokens, more than a step ({least:,}); raise batch.tokens, or lower the resolution")
-                fitting = min(micro.images or 2**31, 2**31 if micro.tokens is None else micro.tokens // tokens)
-                share = weight * Fraction(len(own), rows) * Fraction(repr(float(level.share)))
-                cell = Cell(name, row_class.name, str(signature), len(own), share, fitting, tokens, drawn_before.get((name, row_class.name), 0), number)
-                made.append((cell, row_class, signature))
-    return made
 
 
 @dataclass(frozen=True)
@@ -459,30 +386,3 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
     torch.set_num_threads(1)
-
-
-def read_rows(selection: Selection, rows: Iterable[int], shapes: Shapes, latents: Latents | None = None) -> tuple[list[MicroBatch], list[BadRow]]:
-    """Some rows of a source as micro-batches, one for each signature in the order of its first row, and those that could not be decoded.
-
-    Rows are seen plainly: the centre, the first caption.
-    """
-    source = selection.source
-    groups: dict[Signature, list[tuple[str, str, list[Seen]]]] = {}
-    bad: list[BadRow] = []
-    for row in rows:
-        row_class = selection.class_of(row)
-        signature = shapes.signature(row_class)
-        groups.setdefault(signature, [])
-        try:
-            held = selection.cells(row)
-            seen = read_row(source.name, source.key(row), held, row_class, signature, View(), latents)
-            groups[signature].append((source.key(row), without_placeholders(plain(held.prompts, selection.captions)), seen))
-        except UnreadableRow as error:
-            bad.append(error.bad_row)
-    batches = []
-    for signature, group in groups.items():
-        if group:
-            keys, prompts, images = zip(*group, strict=True)
-            targets, *references = (gathered(size, role) for size, role in zip((signature.target, *signature.references), zip(*images, strict=True), strict=True))
-            batches.append(MicroBatch(0, 0, tuple(range(len(keys))), (source.name,) * len(keys), keys, prompts, targets, tuple(references)))
-    return batches, bad

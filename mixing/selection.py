@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixing.keys import key, keys
-from mixing.order import permute
+from mixing.permutation import permute
 
 By = Literal["random", "first", "stratified"]
 

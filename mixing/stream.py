@@ -19,8 +19,8 @@ from mixing.hub_shards import list_hub_shards
 from mixing.images import UnreadableImage, header_size
 from mixing.keys import key
 from mixing.lanes import STALLED, WINDOW, LaneReader, Place, Waiting, Window, place
-from mixing.order import permute
 from mixing.parquet_shards import list_parquet_shards
+from mixing.permutation import permute
 from mixing.retries import WAITS, read_on
 from mixing.rows import MOST_BAD
 from mixing.shards import Row, Shards, Values

@@ -19,9 +19,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from mixing.bad_rows import BadRow
+from mixing.batch import MicroBatch, read_rows
 from mixing.buckets import Shapes
 from mixing.keys import key
-from mixing.mixture import MicroBatch, read_rows
 from mixing.reading import Latents
 from mixing.selected import Selection
 from stages.checkpoint import write_whole

@@ -89,10 +89,13 @@ def explain_run(plan: Plan, console: Console) -> None:
     """
     from stages.model_facts import model_facts  # imports diffusers
     from stages.open_sources import open_selections
+    from stages.verify_cache import kept
 
     selections = open_selections(plan, Path.cwd())
     try:
         explain(plan, selections, model_facts(plan), console)
+        for line in kept(plan, selections):
+            _say(console, Text(line, style="dim"))
     except ValueError as error:
         raise PlanError.at("", str(error)) from None
 

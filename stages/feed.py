@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixing.buckets import Shapes, Signature
-from mixing.mixture import Level, Micro, StageMixture
+from mixing.cells import Level, Micro
+from mixing.mixture import StageMixture
 from mixing.order import Budget
 from mixing.reading import Latents
 from mixing.selected import Selection

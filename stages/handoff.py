@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mixing.batch import MicroBatch, read_rows
 from mixing.buckets import Shapes
 from mixing.keys import key
-from mixing.mixture import MicroBatch, read_rows
 from mixing.selected import Selection
 from stages.adapter import add_adapter, choose_trainable, load_adapter_weights, without_input_casts
 from stages.checkpoint import Checkpoint, newest_checkpoint

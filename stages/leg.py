@@ -17,8 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mixing.bad_rows import BadRow
+from mixing.batch import MicroBatch
 from mixing.keys import key
-from mixing.mixture import MicroBatch, StageMixture
+from mixing.mixture import StageMixture
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
@@ -31,9 +32,9 @@ from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
 from stages.report import write_report
-from stages.resolved import main_resolution, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import previews, sheet
+from stages.stage_event import stage_event
 
 if TYPE_CHECKING:
     from mixing.lanes import State
@@ -200,13 +201,16 @@ class Leg:
             f"[bold]{self.stage.name}[/bold] {self.step:>{len(str(self.stage.steps))}}/{self.stage.steps}  loss {record['loss']:.4f}  lr {learning_rate:.2e}  "
             f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
         )
-        if run.cache:
-            for message in run.cache.take_warnings():
-                run.log.warn(message, self.stage.name, self.step)
+        self.warn_of_cache()
         for message in self.lanes.take_waits():
             run.log.write({"event": "warning", "stage": self.stage.name, "step": self.step, "message": message})
         self.window = Window(time.monotonic())
         self.check_rows()
+
+    def warn_of_cache(self) -> None:
+        """Name what went wrong with the cache; none of it stops a run."""
+        for message in self.run.cache.take_warnings() if self.run.cache else ():
+            self.run.log.warn(message, self.stage.name, self.step)
 
     def summed(self, counts: Sequence[int]) -> list[int]:
         """Counts added up over the processes; every process must ask."""
@@ -285,6 +289,7 @@ class Leg:
             lanes = {name: {lane: state for own in everywhere for lane, state in own[name].items()} for name in lanes}
         if run.cache:
             run.cache.flush()
+            self.warn_of_cache()
         self.check_rows()
         if run.accelerator.is_main_process:
             images, tokens = (dict(zip(names, counted[first : first + len(names)], strict=True)) for first in (0, len(names)))
@@ -331,6 +336,14 @@ class Leg:
             write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
         run.accelerator.wait_for_everyone()
 
+    def encoded(self) -> dict[str, tuple[int, int]]:
+        """Of images and of prompts, how many encodings were found in the cache in this launch, and how many were made, over all processes."""
+        if self.run.cache is None:
+            return {}
+        hits, misses = self.run.cache.hits, self.run.cache.misses
+        counts = self.summed([hits["latents"], misses["latents"], hits["text"], misses["text"]])
+        return {"images": (counts[0], counts[1]), "prompts": (counts[2], counts[3])}
+
     def finish(self) -> Checkpoint:
         """The stage's last duties: evaluate, sample, save, report, and let go of the model. Returns the last checkpoint."""
         run, stage, plan = self.run, self.stage, self.run.plan
@@ -365,34 +378,13 @@ class Leg:
                 f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
             )
         probed = probe(run.family, self.model, probe_batches(run.selections, run.shapes(stage)), self.precision, plan.seed)
-        run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3)})
+        encoded = self.encoded()
+        run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3), "encoded": encoded})
+        if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:
+            run.log.say(f"  cache so far in this launch: {'; '.join(said)}")
         self.save(finished=True, probed=probed)
         if run.accelerator.is_main_process:
             write_report(run.folder)
         run.accelerator.wait_for_everyone()
         run.accelerator.free_memory()
         return read_checkpoint(step_folder(run.stage_folder(self.index), stage.steps))
-
-
-def stage_event(leg: Leg) -> dict[str, Any]:
-    """What metrics.jsonl says of a stage at its start and end."""
-    stage = leg.stage
-    return {
-        "event": "stage",
-        "index": leg.index,
-        "stage": stage.name,
-        "steps": stage.steps,
-        "images": leg.mixture.images_before(stage.steps) / stage.steps,
-        "batch": resolved_batch(stage).model_dump(mode="json", exclude_none=True),
-        "resolution": main_resolution(stage),
-        "step_holds": step_words(stage),
-        "seen_at": resolution_words(stage),
-        "levels": [level.model_dump() for level in resolved_levels(stage)],
-        "precision": stage.precision,
-        "base": resolved_storage(stage),
-        "train": stage.train,
-        "trainable": sum(parameter.numel() for parameter in leg.trainable.values()),
-        "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),
-        "mix": leg.mixture.asked,
-        "tokens_per_step": leg.mixture.tokens_before(stage.steps) / stage.steps,
-    }

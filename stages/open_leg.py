@@ -15,7 +15,7 @@ from stages.encode import kept_latents
 from stages.evaluate import Measured
 from stages.feed import stage_mixture
 from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, probed_names, stage_changes
-from stages.leg import Leg, TrainingError, Window, stage_event
+from stages.leg import Leg, TrainingError, Window
 from stages.open_lanes import open_lanes
 from stages.optim import Average, load_optimizer_state, make_optimizer
 from stages.plan import Stage
@@ -24,6 +24,7 @@ from stages.reader import PlanError
 from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import JudgeError
+from stages.stage_event import stage_event
 
 
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixing.mixture import MicroBatch
+from mixing.batch import MicroBatch
 from stages.adapter import exactly, lora_layers
 from stages.checkpoint import sync
 from stages.families.base import Family

@@ -16,10 +16,10 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from mixing.batch import read_rows
 from mixing.buckets import Shapes
 from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
-from mixing.mixture import read_rows
 from mixing.selected import Selection
 from stages.families.base import Family, Text
 from stages.objectives import flow

@@ -1,4 +1,4 @@
-"""Verify the cache: encode a hundredth of what a plan's rows would find in it anew, and compare."""
+"""Verify the cache: encode a hundredth of what a plan's rows would find in it anew, and compare; or only say how much of it is there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixing.buckets import RowClass, Signature
 from mixing.captions import plain
 from mixing.content import text_key
 from mixing.keys import key
-from mixing.order import permute
+from mixing.permutation import permute
 from mixing.reading import Latents, Seen, View, read_row, to_float
 from mixing.selected import Selection
 from mixing.tasks import without_placeholders
@@ -84,6 +84,25 @@ def verify_cache(plan: Plan, console: Console) -> bool:
         console.print(f"delete {folder} to encode everything anew", highlight=False, soft_wrap=True)
     cache.close()
     return sound
+
+
+def kept(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[str]:
+    """How much of what a plan's rows ask for is in the cache, judged by a hundredth of them; nothing where there is no cache yet, or the model is not at hand."""
+    if plan.cache == "none" or not Path(plan.cache.folder, "text").is_dir():
+        return
+    folder = Path(plan.cache.folder)
+    try:
+        family = open_family(plan.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), FileDigests(folder / "digests.json").digest)
+    except (OSError, ValueError):  # its configs are on the Hub, which cannot be reached
+        return
+    cache = open_cache(folder, family, plan.cache, "explain")
+    asked = {"latents": (cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache)))), "embeddings of prompts": (cache.texts, _texts(plan, family, selections))}
+    wanted = {"latents": plan.cache.latents and family.encodes_images, "embeddings of prompts": plan.cache.text}
+    for what, (store, entries) in asked.items():
+        if wanted[what]:
+            looked_at = {key: key in store for key, _ in entries}
+            yield f"{what}: {sum(looked_at.values()):,} of {len(looked_at):,} looked at are kept in {folder}"
+    cache.close()
 
 
 def _rows(plan: Plan, selection: Selection) -> list[int]:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mixing.batch import MicroBatch, read_rows
 from mixing.buckets import Shapes, Signature
+from mixing.cells import Level, Micro
 from mixing.images import fit, to_tensor
-from mixing.mixture import Level, Micro, MicroBatch, StageMixture, TooManyBadRows, read_rows
+from mixing.mixture import StageMixture, TooManyBadRows
 from mixing.order import Budget
 from mixing.selected import Choice, Selection, select
 from mixing.share_out import TooFewImages

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mixing.keys import key, keys, uniform
-from mixing.order import Budget, Cell, Drawn, Order, permute
+from mixing.order import Budget, Cell, Drawn, Order
+from mixing.permutation import permute
 from mixing.quota import Quota
 from mixing.share_out import share_out
 from mixing.shares import Ramp, integers, ramp_steps, shares, weights

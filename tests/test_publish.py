@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import stages.publish
+from mixing.batch import MicroBatch
 from mixing.buckets import Shapes
-from mixing.mixture import MicroBatch
 from mixing.selected import Choice, select
 from mixing.source import open_source
 from models import tiny_flux

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mixing.keys import key
-from mixing.order import permute
+from mixing.permutation import permute
 from mixing.selection import By, held_out_rows, row_hashes, selection_record, take_rows
 
 
