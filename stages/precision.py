@@ -25,17 +25,22 @@ class LaunchError(RunError):
     """The processes that were started are not those that accelerate sees."""
 
 
+def choose_device() -> torch.device:
+    """The GPU where there is one; else the CPU, with one thread for this process, or as many as the environment variable MEDLEY_THREADS says."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    # More threads than idle cores make small steps ten times slower, and another number of threads adds up in another order, so it is not left to
+    # OMP_NUM_THREADS, which `accelerate launch` sets to the number of cores.
+    torch.set_num_threads(int(os.environ.get("MEDLEY_THREADS", "1")))
+    return torch.device("cpu")
+
+
 def start_accelerator(track: str | None) -> Accelerator:
-    """The launch's Accelerator: on the GPU where there is one, else on the CPU, with one thread for each process
-    (or as many as the environment variable MEDLEY_THREADS says).
+    """The launch's Accelerator, on the device of `choose_device`.
 
     track: the tracker's name, or None. Raises LaunchError if the launcher started another number of processes than take part.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        # More threads than idle cores make small steps ten times slower, and another number of threads adds up in another order, so it is not
-        # left to OMP_NUM_THREADS, which `accelerate launch` sets to the number of cores.
-        torch.set_num_threads(int(os.environ.get("MEDLEY_THREADS", "1")))
+    on_cpu = choose_device().type == "cpu"
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=track)
     # `accelerate launch --cpu --num_processes 2` starts one, and leaves only an address for the two to meet at (accelerate 1.15).
     lost = on_cpu and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")

@@ -31,6 +31,7 @@ from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
 from stages.open_sources import open_selections
 from stages.plan import Plan
+from stages.precision import choose_device
 from stages.problems import PlanError
 from stages.resolved import resolved_levels
 
@@ -62,7 +63,7 @@ def verify_cache(plan: Plan, console: Console) -> bool:
     if plan.cache == "none":
         raise PlanError.at("cache", "'none' keeps nothing that could be verified; leave it out to keep what is encoded")
     folder = Path(plan.cache.folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()  # with as many threads as training: another number gives other bits
     family = open_family(plan.model, device, FileDigests(folder / "digests.json").digest)
     has_latents = plan.cache.latents and family.encodes_images
     if not (has_latents or plan.cache.text):
@@ -92,7 +93,7 @@ def kept(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[str]:
         return
     folder = Path(plan.cache.folder)
     try:
-        family = open_family(plan.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), FileDigests(folder / "digests.json").digest)
+        family = open_family(plan.model, choose_device(), FileDigests(folder / "digests.json").digest)
     except (OSError, ValueError):  # its configs are on the Hub, which cannot be reached
         return
     cache = open_cache(folder, family, plan.cache, "explain")

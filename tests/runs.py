@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tarfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -201,6 +202,8 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
         _, status = os.waitpid(child, 0)
         codes.append(os.waitstatus_to_exitcode(status))
         if rank == 0 and codes[0] != 0:
+            # A launcher ends the others; what they had to say for themselves they have said by then.
+            time.sleep(0.0 if codes[0] < 0 else 0.5)
             for other in children[1:]:
                 os.kill(other, signal.SIGKILL)
     return codes
