@@ -36,4 +36,4 @@ docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	touch $@
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv runs data cache

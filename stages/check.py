@@ -146,6 +146,8 @@ def _batches(read: ReadPlan) -> Iterator[Problem]:
             if isinstance(asked, Change) and (stage.steps == 1 or asked.first == asked.last):
                 why = "the stage has one step" if stage.steps == 1 else "it stays the same"
                 yield _at_value(read, (*location, unit), f"from {asked.first:,} to {asked.last:,}, and {why}; write one number")
+            if isinstance(asked, Change) and stage.steps**2 * abs(asked.last - asked.first) >= 2**61:  # the order counts in 64 bits
+                yield _at_value(read, (*location, unit), f"a change by {abs(asked.last - asked.first):,} over {stage.steps:,} steps is more than can be counted; change it in several stages")
 
 
 def _rates(read: ReadPlan) -> Iterator[Problem]:

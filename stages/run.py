@@ -31,8 +31,9 @@ from mixing.selected import Selection
 from mixing.share_out import TooFewImages
 from stages.cache import Cache
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
-from stages.digests import FileDigests
+from stages.digests import FileDigests, file_digest
 from stages.evaluate import Measured, evaluate
+from stages.families import FAMILY_TASKS
 from stages.families.base import Family
 from stages.families.open import fingerprint, open_family
 from stages.feed import Sizes, budget_of, main_shapes
@@ -130,13 +131,14 @@ class Run:
     @cached_property
     def family(self) -> Family:
         """The model without its transformer; opened when first needed, so that a finished run is answered at once."""
-        kept = self.plan.cache
-        if kept == "none":
-            return open_family(self.plan.model, self.accelerator.device)
-        folder = Path(kept.folder)
-        family = open_family(self.plan.model, self.accelerator.device, FileDigests(folder / "digests.json").digest)
-        if kept.text or (kept.latents and family.encodes_images):
-            self.cache = open_cache(folder, family, kept, f"rank{self.accelerator.process_index}")
+        kept = None if self.plan.cache == "none" else self.plan.cache
+        digest = file_digest if kept is None else FileDigests(Path(kept.folder) / "digests.json").digest
+        family = open_family(self.plan.model, self.accelerator.device, digest)
+        for name, source in self.plan.sources.items():  # of a model on the Hub this is not known before
+            if source.task not in (can := FAMILY_TASKS[family.name]):
+                raise PlanError.at(f"sources.{name}.task", f"{family.name} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model")
+        if kept is not None and (kept.text or (kept.latents and family.encodes_images)):
+            self.cache = open_cache(Path(kept.folder), family, kept, f"rank{self.accelerator.process_index}")
             family.texts.stored = self.cache if kept.text else None
             family.cache = self.cache if kept.latents and family.encodes_images else None
         return family

@@ -229,6 +229,9 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "neither images nor tokens": ("batch: 4", "batch: {micro: 2}", ["10:12: stages[0].batch: images or tokens says what a step holds, and neither is given"]),
     "images and tokens": ("batch: 4", "batch: {images: 4, tokens: 4096}", ["10:12: stages[0].batch: images or tokens says what a step holds, and both are given"]),
     "micro of more tokens than a step": ("batch: 4", "batch: {tokens: 4096, micro: {tokens: 8192}}", ["10:43: stages[0].batch.micro.tokens: 8,192 tokens are more than a step has, 4,096"]),
+    "batch that changes too much": ("steps: 100\n    mix: {t2i: 1, edit: 1}\n    resolution: 512\n    batch: 4", "steps: 1000000000\n    mix: {t2i: 1, edit: 1}\n    resolution: 512\n    batch: {images: {from: 4, to: 1000}}", [
+        "10:21: stages[0].batch.images: a change by 996 over 1,000,000,000 steps is more than can be counted; change it in several stages",
+    ]),
     "batch that does not change": ("batch: 4", "batch: {images: {from: 4, to: 4}}", ["10:21: stages[0].batch.images: from 4 to 4, and it stays the same; write one number"]),
     "half a change": ("batch: 4", "batch: {images: {from: 4}}", ["10:13: stages[0].batch.images: field 'to' is missing; it is a whole number from 1 to 1,000,000,000"]),
     "level without a share": ("resolution: 512\n    batch: 4", "resolution: [{pixels: 256}]\n    batch: 4", ["9:18: stages[0].resolution[0]: field 'share' is missing; it is a number above 0, at most 1,000,000"]),
