@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mixing.lanes import LaneReader
 
 _SAMPLED_AT_ONCE = 64  # steps whose order is worked out together
+_MOST_CHECKED = 1_000_000  # steps; what comes later is found when it comes
 _CHECKED_AT_ONCE = 4096  # steps of which it is worked out together whether each process has an image
 _ATTEMPTS = 100  # rows tried in the place of one that cannot be decoded
 _MESSAGE = 4 * 2**20  # bytes of pixels that a worker hands over together
@@ -120,8 +121,11 @@ class StageMixture(Dataset[list[_Read]]):
 
     def check_processes(self, first_step: int, processes: int) -> None:
         """Raise TooFewImages, before anything is read, if a step from this one on has too few images for so many processes, those counted that one alone can read."""
-        cells, steps = self.order.cells, self.budget.steps
+        cells, steps = self.order.cells, min(self.budget.steps, first_step + _MOST_CHECKED)
         lanes = {name: selection.stream.num_lanes for name, selection in self.streams.items() if selection.stream is not None}
+        fewest = min(self.budget.first, self.budget.last) // max(cell.tokens if self.budget.unit == "tokens" else 1 for cell in cells) - 1
+        if not lanes and fewest >= processes:
+            return
         for start in range(first_step, steps if processes > 1 else first_step, _CHECKED_AT_ONCE):
             counts = self.order.counts(np.arange(start, min(start + _CHECKED_AT_ONCE, steps) + 1))
             free = np.diff(counts[:, [cell.source not in lanes for cell in cells]].sum(axis=1))

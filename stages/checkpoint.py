@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # 1 kept no lanes, tokens and levels, and drew in another order
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 

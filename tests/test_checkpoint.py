@@ -125,7 +125,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "manifest is nothing": (lambda folder: edit(folder / "manifest.json", lambda manifest: None), "cannot be read"),
     "files are a list": (lambda folder: edit(folder / "manifest.json", put("files", ["state.json"])), "cannot be read"),
     "a file without a hash": (lambda folder: edit(folder / "manifest.json", add("state.json", "x")), "cannot be read"),
-    "another format": (lambda folder: edit(folder / "manifest.json", put("format", 2)), "written in format 2, this version reads 1"),
+    "another format": (lambda folder: edit(folder / "manifest.json", put("format", 1)), "written in format 1, this version reads 2"),
     "path to elsewhere": (lambda folder: edit(folder / "manifest.json", add("../secret", ENTRY)), "'../secret', which is no file of its own"),
     "absolute path": (lambda folder: edit(folder / "manifest.json", add("/etc/passwd", ENTRY)), "'/etc/passwd', which is no file of its own"),
     "parent": (lambda folder: edit(folder / "manifest.json", add("..", ENTRY)), r"\.\."),
