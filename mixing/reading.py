@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ class View:
     """Whether left and right change places."""
 
 
+_CENTER = View()
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What a plan's `augment` says; as it stands here, nothing is done to an image but the crop of its centre."""
@@ -47,7 +51,7 @@ class Augmentation:
     def view(self, seed: int, source: str, row: str, epoch: int) -> View:
         """The view of a row in an epoch: its variants take turns, and each follows from (seed, source, row, variant)."""
         if not self.flip and self.crop == "center":
-            return View()
+            return _CENTER
         variant = epoch % self.variants
         words = [key(seed, word, source, row, variant) for word in ("crop x", "crop y", "flip")]
         x, y, chance = uniform(np.asarray(words, dtype=np.uint64)).tolist()
@@ -64,8 +68,7 @@ class Latents(Protocol):
         """The latents, or None."""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """One image: its pixels, or its latents."""
 
     pixels: Picture | None
@@ -118,15 +121,14 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 def read_row(source: str, row: str, cells: Cells, row_class: RowClass, signature: Signature, view: View, latents: Latents | None) -> list[Seen]:
     """A row's images: the target, then the references. Raises UnreadableRow, naming the image."""
-    sizes = (signature.target, *signature.references)
-    together = (True, *(each == AS_TARGET for each in row_class.references))
-    seen = []
-    for (name, pixels), size, with_target in zip(cells.images(), sizes, together, strict=False):  # masks come after these
-        own = view if with_target else View(is_flipped=view.is_flipped)
-        try:
-            seen.append(_read(pixels, size, own, latents))
-        except (RowError, UnreadableImage, OSError) as error:
-            raise UnreadableRow(BadRow(source, row, f"{name}: {error}")) from error
+    seen: list[Seen] = []
+    try:
+        seen.append(_read(cells.target, signature.target, view, latents))
+        for pixels, size, each in zip(cells.references, signature.references, row_class.references, strict=True):
+            seen.append(_read(pixels, size, view if each == AS_TARGET else View(is_flipped=view.is_flipped), latents))
+    except (RowError, UnreadableImage, OSError) as error:
+        name, _ = next(islice(cells.images(), len(seen), None))
+        raise UnreadableRow(BadRow(source, row, f"{name}: {error}")) from error
     return seen
 
 
