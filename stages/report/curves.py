@@ -8,7 +8,8 @@ from html import escape
 
 from stages.report.charts import Course, Line, Point, Tick, bullet, line_chart
 from stages.report.page import COLOURS, count, fixed, folded, panel, percent, section, table
-from stages.report.record import Record, StageRecord, Step, Tally
+from stages.report.record import Record, StageRecord, Step
+from stages.report.tally import Tally
 from stages.report.values import numbers
 
 MOST_STAGES = 12

@@ -15,6 +15,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stages.report.tally import Tally, levels, read_pages, selections, tallies
 from stages.report.values import Event, finite, mapping, number, numbers, text, whole
 
 LONG_FILE = 8 * 2**20
@@ -76,19 +77,6 @@ class Evaluation:
     weights: str
     sources: Mapping[str, Measured]
     raw: Mapping[str, Measured] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What the ledger says about one source in one stage."""
-
-    asked: float | None
-    drawn: float | None
-    images: float | None
-    tokens: float | None
-    epochs: float | None
-    unique_rows: float | None
-    dropped: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -187,7 +175,7 @@ def read_record(folder: Path) -> Record:
     plan_text = _read_text(folder / "plan.yaml")
     plan = _parse_plan(plan_text)
     evaluations = _evaluations(of_kind.get("eval", []))
-    stages = _stages(plan, of_kind, evaluations, _pages(folder / "ledger.json"))
+    stages = _stages(plan, of_kind, evaluations, read_pages(_read_text(folder / "ledger.json")))
     launches = tuple(of_kind.get("run", []))
     names: dict[str, None] = dict.fromkeys(str(name) for name in mapping(plan.get("sources")))
     for stage in stages:
@@ -354,7 +342,7 @@ def _stages(
     for evaluation in evaluations:
         if evaluation.kind != "base":
             evaluated.setdefault(evaluation.stage, []).append(evaluation)
-    ledger = _read_ledger(pages)
+    ledger = tallies(pages)
     names = dict.fromkeys([*plans, *started, *ended, *steps, *evaluated, *ledger])
     return tuple(
         StageRecord(
@@ -367,49 +355,8 @@ def _stages(
             steps=tuple(step for _, step in sorted(steps.get(name, {}).items())),
             evaluations=tuple(evaluated.get(name, [])),
             ledger=ledger.get(name, {}),
-            levels=_levels(pages.get(name, {})),
-            selections=_selections(pages.get(name, {})),
+            levels=levels(pages.get(name, {})),
+            selections=selections(pages.get(name, {})),
         )
         for index, name in enumerate(names, start=1)
     )
-
-
-def _pages(path: Path) -> dict[str, Event]:
-    """The ledger's pages, by stage."""
-    try:
-        stages = mapping(json.loads(_read_text(path) or "{}")).get("stages")
-    except (ValueError, RecursionError):
-        return {}
-    return {text(mapping(item).get("stage")): mapping(item) for item in (stages if isinstance(stages, list) else [])}
-
-
-def _levels(page: Event) -> dict[str, Tally]:
-    """What each resolution of a stage gave, where it has several."""
-    levels = page.get("levels")
-    return {
-        f"{finite(level.get('pixels')) or 0:.0f} px": Tally(finite(level.get("asked")), finite(level.get("drawn")), finite(level.get("images")), None, None, None, {})
-        for level in map(mapping, levels if isinstance(levels, list) else [])
-    }
-
-
-def _selections(page: Event) -> dict[str, Event]:
-    """How the rows of a source were chosen, where some were left out."""
-    return {name: chosen for name, value in mapping(page.get("sources")).items() if (chosen := mapping(mapping(value).get("selection")))}
-
-
-def _read_ledger(pages: Mapping[str, Event]) -> dict[str, dict[str, Tally]]:
-    ledger: dict[str, dict[str, Tally]] = {}
-    for name_of_stage, stage in pages.items():
-        ledger[name_of_stage] = {
-            name: Tally(
-                asked=finite((source := mapping(value)).get("asked")),
-                drawn=finite(source.get("drawn")),
-                images=finite(source.get("images")),
-                tokens=finite(source.get("tokens")),
-                epochs=finite(source.get("epochs")),
-                unique_rows=finite(source.get("unique_rows")),
-                dropped=numbers(source.get("dropped")),
-            )
-            for name, value in mapping(stage.get("sources")).items()
-        }
-    return ledger

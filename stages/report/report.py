@@ -49,7 +49,7 @@ def write_report(folder: Path) -> Path:
     record = read_record(folder)
     sections = [(name, anchor, write(record)) for name, anchor, write in _SECTIONS]
     present = [(name, anchor, body) for name, anchor, body in sections if body]
-    absent = [name for name, anchor, body in sections if not body and anchor != "warnings"]
+    absent = [name for name, anchor, body in sections if not body and anchor not in ("warnings", "selection")]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for name, anchor, _ in present)
     footer = f"Written by Medley from {escape(record.folder.resolve().name)}/, with what the run had written by then."
     footer += f" Not in this report, because the run has not written it: {', '.join(absent).lower()}." if absent else ""
