@@ -103,7 +103,7 @@ def fit(image: Image.Image, height: int, width: int, *, x: float = 0.5, y: float
     if image.size == (width, height):
         return image
     if image.width == width or image.height == height:
-        left, top = int((image.width - width) * x), int((image.height - height) * y)
+        left, top = math.floor((image.width - width) * x), math.floor((image.height - height) * y)
         if left >= 0 and top >= 0:  # one side agrees and the other is long enough: nothing to scale
             return image.crop((left, top, left + width, top + height))
     scale = max(height / image.height, width / image.width)

@@ -255,3 +255,11 @@ def test_tensors_outside_the_range_are_clipped_and_wrong_shapes_refused() -> Non
         from_tensor(torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="mode RGB is needed, this one is L"):
         to_tensor(Image.new("L", (2, 2)))
+
+
+@pytest.mark.parametrize("x", [0.0, 0.3, 0.5, 1.0])
+def test_an_image_one_pixel_too_small_is_scaled_and_not_cropped_beyond_its_edge(x: float) -> None:
+    """A place of -1 x 0.5 pixels, rounded towards nought, would pass for one inside."""
+    for width, height in ((9, 12), (12, 9)):
+        fitted = np.asarray(fit(Image.new("RGB", (width, height), (200, 200, 200)), 12 if width == 9 else 10, 10 if width == 9 else 12, x=x, y=x))
+        assert (fitted == 200).all()

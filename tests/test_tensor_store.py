@@ -9,7 +9,8 @@ import pickle
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -476,21 +477,24 @@ def test_a_process_killed_at_any_instant_leaves_a_folder_that_opens(tmp_path: Pa
     assert written
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[], None]]:
-    """Files of at most 2,000 bytes can be written after a call: a full disk, without filling one."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside, files of at most 2,000 bytes can be written: a full disk, without filling one. It must be left before pytest writes its own output."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_on_a_full_disk_there_is_one_warning_and_no_more_is_kept(tmp_path: Path, small_files: Callable[[], None]) -> None:
+def test_on_a_full_disk_there_is_one_warning_and_no_more_is_kept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     fill(store, range(1))
-    small_files()
-    for number in range(1, 4):
-        store.put(key(number), value(number, 1000))
-        store.flush()
+    with small_files():
+        for number in range(1, 4):
+            store.put(key(number), value(number, 1000))
+            store.flush()
     warnings = store.take_warnings()
     assert len(warnings) == 1
     assert "training goes on and nothing more is cached" in warnings[0]
