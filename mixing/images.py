@@ -102,10 +102,9 @@ def fit(image: Image.Image, height: int, width: int, *, x: float = 0.5, y: float
         raise ValueError(f"{height} x {width} pixels asked; both must be at least 1")
     if image.size == (width, height):
         return image
-    if image.width == width or image.height == height:
-        left, top = math.floor((image.width - width) * x), math.floor((image.height - height) * y)
-        if left >= 0 and top >= 0:  # one side agrees and the other is long enough: nothing to scale
-            return image.crop((left, top, left + width, top + height))
+    if (image.width == width and image.height > height) or (image.height == height and image.width > width):  # nothing to scale
+        left, top = int((image.width - width) * x), int((image.height - height) * y)
+        return image.crop((left, top, left + width, top + height))
     scale = max(height / image.height, width / image.width)
     seen_width, seen_height = min(width / scale, image.width), min(height / scale, image.height)
     left_edge, top_edge = (image.width - seen_width) * x, (image.height - seen_height) * y
