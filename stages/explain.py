@@ -187,30 +187,40 @@ def _mix(stage: Stage, mixture: StageMixture, images: Mapping[str, int]) -> Tabl
 
 
 _MOST_BUCKETS = 24  # lines; the others are added up
+_MOST_COLUMNS = 6  # sources that are told apart
 
 
 def _buckets(mixture: StageMixture, *, knows_tokens: bool) -> Table | Text:
-    """Shape of target and references, with what each source has in it; nothing where there is one shape."""
+    """Width x height of target and references, with what each source has in it; a line where there is one shape."""
     counted: dict[tuple[int, Signature], Counter[str]] = {}
     for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True):
         counted.setdefault((cell.level, signature), Counter())[cell.source] += cell.rows
     if len(counted) == 1:
         return Text(f"every image is {next(iter(counted))[1]} pixels", style="dim")
     tokens = {(cell.level, signature): cell.tokens for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True)}
+    # A column for each source; of many that would not fit, only how many rows a bucket has, and from how many sources.
     names = list(mixture.asked)
+    narrow = len(names) > _MOST_COLUMNS
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("bucket: width x height + references", no_wrap=True)
+    table.add_column("bucket", no_wrap=True)
     if knows_tokens:
-        table.add_column("tokens", justify="right")
-    for name in names:
-        table.add_column(Text(name, overflow="fold"), justify="right")
+        table.add_column("tokens", justify="right", no_wrap=True, min_width=6)
+    for name in ("rows", "sources") if narrow else names:
+        table.add_column(Text(name, overflow="fold"), justify="right", min_width=9)  # a count of millions is never cut
     ranked = sorted(counted, key=lambda bucket: (bucket[0], -counted[bucket].total()))
     shown = ranked if len(ranked) <= _MOST_BUCKETS else sorted(ranked, key=lambda bucket: -counted[bucket].total())[: _MOST_BUCKETS - 1]
     for bucket in (each for each in ranked if each in shown):
-        table.add_row(str(bucket[1]), *([f"{tokens[bucket]:,}"] if knows_tokens else []), *(_rows(mixture, name, counted[bucket][name]) for name in names))
+        table.add_row(str(bucket[1]), *([f"{tokens[bucket]:,}"] if knows_tokens else []), *_bucket(mixture, names, counted[bucket], narrow))
     if others := [bucket for bucket in ranked if bucket not in shown]:
-        table.add_row(f"and {len(others)} others", *([""] if knows_tokens else []), *(_rows(mixture, name, sum(counted[bucket][name] for bucket in others)) for name in names))
+        table.add_row(f"and {len(others)} others", *([""] if knows_tokens else []), *_bucket(mixture, names, sum((counted[bucket] for bucket in others), Counter[str]()), narrow))
     return table
+
+
+def _bucket(mixture: StageMixture, names: Sequence[str], counted: Counter[str], narrow: bool) -> list[str]:
+    """What each source has in a bucket; or narrow, its rows and the number of its sources."""
+    if narrow:
+        return [f"{counted.total():,}", str(sum(counted[name] > 0 for name in names))]
+    return [_rows(mixture, name, counted[name]) for name in names]
 
 
 def _rows(mixture: StageMixture, name: str, count: int) -> str:
