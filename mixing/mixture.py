@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -293,16 +294,14 @@ class StageMixture(Dataset[list[_Read]]):
 
         if self.streams:
             raise ValueError(f"source '{next(iter(self.streams))}' is a stream, which is read once; leave it out of the mix to look at the others")
-        return datasets.IterableDataset.from_generator(_generate_rows, gen_kwargs={"mixture": replace_latents(self), "steps": list(range(steps))})
+        return datasets.IterableDataset.from_generator(_generate_rows, gen_kwargs={"mixture": _without_latents(self), "steps": list(range(steps))})
 
 
-def replace_latents(mixture: StageMixture) -> StageMixture:
+def _without_latents(mixture: StageMixture) -> StageMixture:
     """The same mixture, whose images come as pixels always."""
-    from copy import copy
-
-    plain_mixture = copy(mixture)
-    plain_mixture.latents = None
-    return plain_mixture
+    plain = copy(mixture)
+    plain.latents = None
+    return plain
 
 
 def _generate_rows(mixture: StageMixture, steps: Sequence[int]) -> Iterator[dict[str, Any]]:

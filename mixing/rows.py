@@ -13,6 +13,8 @@ from mixing.tasks import Cells
 
 MOST_BAD = 0.01
 """Share of a source's rows that may be bad with `on_bad_row: skip`."""
+FEW = 1_000
+"""Rows of a stream before which a few bad ones may be chance."""
 
 Stored: TypeAlias = "NDArray[Any] | pa.Table"
 """What a data index keeps: it comes back memory-mapped."""

@@ -27,6 +27,7 @@ from mixing.where import WhereError, parse
 RowNumbers = NDArray[np.int32]
 
 _PLAIN_CAPTIONS, _PLAIN_VIEW = CaptionRules(), Augmentation()
+_UNKNOWN = 2**31 - 1  # rows of a stream that does not say how many it has: it never runs short of them for a micro-batch
 _MANY = 256  # rows from which their numbers are kept on disk
 _AT_ONCE = 1 << 16  # rows whose keys are in memory together
 
@@ -65,7 +66,7 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """How many rows are trained on; of a stream, what the plan says."""
+        """How many rows are trained on; of a stream what the plan says, or more than any has."""
         return sum(len(rows) for rows in self.training.values())
 
     @property
@@ -131,7 +132,7 @@ def select_stream(stream: Stream, rows: int | None, *, repeat: int = 1, captions
         _HeldRows(tuple(held)),
         np.asarray(list(chain.from_iterable(each[1:] for each in sizes)), dtype=np.uint32).reshape(-1, 2),
     )
-    return Selection(source, {stream_class(stream.references): range(rows or 1)}, np.arange(len(held), dtype=np.int32), captions, augmentation, repeat, {}, stream)
+    return Selection(source, {stream_class(stream.references): range(rows or _UNKNOWN)}, np.arange(len(held), dtype=np.int32), captions, augmentation, repeat, {}, stream)
 
 
 @dataclass(frozen=True)

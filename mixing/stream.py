@@ -22,14 +22,13 @@ from mixing.lanes import STALLED, WINDOW, LaneReader, Place, Waiting, Window, pl
 from mixing.parquet_shards import list_parquet_shards
 from mixing.permutation import permute
 from mixing.retries import WAITS, read_on
-from mixing.rows import MOST_BAD
+from mixing.rows import FEW, MOST_BAD
 from mixing.shards import Row, Shards, Values
 from mixing.tar_shards import list_tar_shards
 from mixing.tasks import Cells, to_cells
 
 _LOOKED_AT = 10  # rows from which the columns are known
 _JUDGED = 100  # rows of a lane's epoch from which on its bad ones are judged
-_FEW = 1000  # rows before which a few bad ones may be chance
 
 Seen = Cells | str
 """What a row holds, or what is wrong with it."""
@@ -178,7 +177,7 @@ class Stream:
         """Raise SourceError if too many rows are bad; before the end of an epoch a few at its start may be chance."""
         if named and self.on_bad_row == "stop":
             raise SourceError(f"bad row {_listed(named)}; repair or remove it, or say on_bad_row: skip to go on without")
-        if seen >= _JUDGED and wrong > MOST_BAD * (seen if ended else max(seen, _FEW)):
+        if seen >= _JUDGED and wrong > MOST_BAD * (seen if ended else max(seen, FEW)):
             raise SourceError(f"{wrong} of {seen} rows are bad; at most {MOST_BAD:.0%} are skipped; repair or remove them: {_listed(named)}")
 
     def _in_order(self) -> Iterator[tuple[int, Row, Seen]]:

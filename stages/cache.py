@@ -81,11 +81,6 @@ class Cache:
         self.texts.flush()
         self._stop_together()
 
-    def refresh(self) -> None:
-        """See what other processes have written."""
-        self.latents.refresh()
-        self.texts.refresh()
-
     def close(self) -> None:
         """Flush, and close every file."""
         self.flush()

@@ -20,6 +20,7 @@ from mixing.bad_rows import BadRow
 from mixing.batch import MicroBatch
 from mixing.keys import key
 from mixing.mixture import StageMixture
+from mixing.rows import FEW, MOST_BAD
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
 from stages.evaluate import Measured, evaluate
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from mixing.lanes import State
     from stages.open_lanes import Lanes
 
-_MOST_BAD = 0.01
-_FEW = 1000  # drawn rows of a stream before which a few bad ones may be chance
 
 
 class TrainingError(RunError):
@@ -233,7 +232,7 @@ class Leg:
                     self.run.log.warn(f"source '{name}': {row}: {reason}; it is left out", self.stage.name, self.step)
             number = len(rows) + len(source.bad)
             of = len(source) + len(source.bad) if selection.stream is None else sum(count for (drawn_of, _), count in drawn.items() if drawn_of == name)
-            if self.run.plan.sources[name].on_bad_row == "stop" or number > _MOST_BAD * (of if selection.stream is None else max(of, _FEW)):
+            if self.run.plan.sources[name].on_bad_row == "stop" or number > MOST_BAD * (of if selection.stream is None else max(of, FEW)):
                 raise PlanError.at(f"sources.{name}", f"{number} of {of} rows cannot be read, such as {next(iter(rows))}: {next(iter(rows.values()))}; repair or remove them")
 
     @contextmanager

@@ -152,7 +152,8 @@ def test_what_one_process_flushed_another_finds_after_refresh(tmp_path: Path) ->
     one.encode_image(key, picture(b"x"), Encoder().image)
     one.keep_text("prompt", Text(torch.zeros(2, 3), torch.ones(3)))
     one.flush()
-    other.refresh()
+    other.latents.refresh()
+    other.texts.refresh()
     assert key in other.latents
     found = other.text("prompt")
     assert found is not None

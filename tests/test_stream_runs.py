@@ -418,3 +418,14 @@ def test_counts_of_draws_that_each_process_reads_are_those_of_its_lanes(lanes: i
     counted = read_by(np.arange(101), lanes, processes)
     for process in range(processes):
         assert counted[:, process].tolist() == [0, *np.cumsum(readers == process)]
+
+
+def test_a_stream_that_does_not_say_how_many_rows_it_has_fills_its_micro_batches(world: Path, tmp_path: Path) -> None:
+    """The number of rows bounds a micro-batch, so that no row stands in it twice; that they are not counted is no bound."""
+    sources = {"tars": {"path": write_tars(tmp_path / "tars", (24, 16)), "stream": True, "lanes": 4}}
+    plan = plan_over(world, sources, [{"name": "only", "batch": {"images": 16, "micro": 4}, "mix": {"tars": 1}}])
+    (mixture,) = mixtures(tmp_path / "plan.yaml", plan)
+    drawn = mixture.order.steps(0, 8)
+    for step in range(8):
+        micro = drawn.micro[drawn.starts[step] : drawn.starts[step + 1]]
+        assert np.bincount(micro).tolist() == [4] * 4
