@@ -129,8 +129,8 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     import torch
 
-    from stages.encode import encode
-    from stages.objectives import flow
+    from stages.objectives.parts import errors
+    from stages.objectives.parts import losses as weighted
     from stages.open_leg import open_leg
     from stages.optim import rate_at
     from stages.precision import Multiplied
@@ -153,24 +153,23 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                 with leg.waiting():
                     batch = next(batches)
                 is_last = batch.is_last
-                # Images to latents, prompts to embeddings; noise and timestep come from the image's place in the run, so they outlive any restart.
-                x = encode(family, batch.targets)
-                text = family.encode_prompts(batch.prompts)
-                references = [encode(family, reference) for reference in batch.references]
-                e = flow.noise(x.shape[1:], leg.noise_keys(batch)).to(device)
-                t = family.seen_timestep(leg.density(batch).t(flow.quantiles(leg.key, batch.positions)).to(device), precision.dtype)
-
-                # Gradients are exchanged between processes with the last micro-batch only. The loss is a sum over images divided by the
-                # step's count over all processes, which DDP's mean over processes asks to be multiplied by their number.
-                watch = Multiplied() if leg.multiplied is None else nullcontext()
-                with nullcontext() if is_last else run.accelerator.no_sync(leg.wrapped):
-                    with watch, precision.autocast():
-                        predicted = family.predict(leg.wrapped, flow.blend(x, e, t), t, text, references)
-                    losses = flow.losses(predicted, x, e)
-                    precision.scaler.scale(losses.sum() * (processes / batch.step_images)).backward()
-                if isinstance(watch, Multiplied):
-                    leg.check_multiplied(watch)
-                leg.count(batch, losses.detach())
+                # Images to latents, prompts to embeddings; noise, noise levels and dropout come from an image's place in the stage, so they outlive any restart.
+                # A part is what the transformer takes in one call: mostly the whole micro-batch, else one level of a pyramid, or those without references.
+                shown, parts = leg.parts(batch)
+                for part in parts:
+                    # Gradients are exchanged between processes with the last part only. The loss is a sum over images divided by the step's
+                    # count over all processes, which DDP's mean over processes asks to be multiplied by their number.
+                    is_last_part = is_last and part is parts[-1]
+                    watch = Multiplied() if leg.multiplied is None else nullcontext()
+                    with leg.dropping(batch, part), nullcontext() if is_last_part else run.accelerator.no_sync(leg.wrapped):
+                        with watch, precision.autocast():
+                            predicted = shown.predict_part(family, leg.wrapped, part)
+                        losses = weighted(predicted, part)
+                        precision.scaler.scale(losses.sum() * (processes / batch.step_images)).backward()
+                    if isinstance(watch, Multiplied):
+                        leg.check_multiplied(watch)
+                    leg.count_part(batch, part, errors(predicted.detach(), part), losses.detach())
+                leg.count(batch)
 
             precision.scaler.unscale_(leg.optimizer)
             leg.check_gradients()

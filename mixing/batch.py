@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mixing.bad_rows import BadRow, UnreadableRow
 from mixing.buckets import Shapes, Signature
 from mixing.captions import plain
-from mixing.reading import Images, Latents, Seen, View, gathered, read_row
+from mixing.reading import Images, Latents, Mask, Regions, Seen, View, gathered, gathered_regions, read_masks, read_row
 from mixing.selected import Selection
 from mixing.tasks import without_placeholders
 
@@ -29,7 +29,7 @@ class MicroBatch:
     references: tuple[Images, ...]
     """The first is every image's first reference, and so on."""
     tokens: int = 1
-    """Of each image: its target's, its references' and its prompt's."""
+    """Of each image: its target's, its references', its prompt's and its regions' prompts'."""
     level: int = 0
     """Which of the stage's resolutions."""
     step_images: int = 0
@@ -38,19 +38,22 @@ class MicroBatch:
     """Whether it is this process's last one of its step."""
     bad: tuple[BadRow, ...] = ()
     """Rows that could not be decoded, and in whose place others stand."""
+    regions: tuple[Regions, ...] = ()
+    """The first is every image's first region, and so on; as many as the signature says."""
 
     def pin_memory(self) -> MicroBatch:
         """The same with its images in page-locked memory, from which a GPU copies beside its work."""
-        return replace(self, targets=self.targets.pin_memory(), references=tuple(r.pin_memory() for r in self.references))
+        references, regions = tuple(r.pin_memory() for r in self.references), tuple(r.pin_memory() for r in self.regions)
+        return replace(self, targets=self.targets.pin_memory(), references=references, regions=regions)
 
 
 def read_rows(selection: Selection, rows: Iterable[int], shapes: Shapes, latents: Latents | None = None) -> tuple[list[MicroBatch], list[BadRow]]:
     """Some rows of a source as micro-batches, one for each signature in the order of its first row, and those that could not be decoded.
 
-    Rows are seen plainly: the centre, the first caption.
+    Rows are seen plainly: the centre, the first caption, regions with their prompts as they are.
     """
     source = selection.source
-    groups: dict[Signature, list[tuple[str, str, list[Seen]]]] = {}
+    groups: dict[Signature, list[tuple[str, str, list[Seen], tuple[str, ...], tuple[Mask, ...]]]] = {}
     bad: list[BadRow] = []
     for row in rows:
         row_class = selection.class_of(row)
@@ -59,13 +62,16 @@ def read_rows(selection: Selection, rows: Iterable[int], shapes: Shapes, latents
         try:
             held = selection.cells(row)
             seen = read_row(source.name, source.key(row), held, row_class, signature, View(), latents)
-            groups[signature].append((source.key(row), without_placeholders(plain(held.prompts, selection.captions)), seen))
+            masks = read_masks(source.name, source.key(row), held, signature, View())
+            prompt = without_placeholders(plain(held.prompts, selection.captions))
+            groups[signature].append((source.key(row), prompt, seen, tuple(region.prompt for region in held.regions), masks))
         except UnreadableRow as error:
             bad.append(error.bad_row)
     batches = []
     for signature, group in groups.items():
         if group:
-            keys, prompts, images = zip(*group, strict=True)
+            keys, prompts, images, entity_prompts, entity_masks = zip(*group, strict=True)
             targets, *references = (gathered(size, role) for size, role in zip((signature.target, *signature.references), zip(*images, strict=True), strict=True))
-            batches.append(MicroBatch(0, 0, tuple(range(len(keys))), (source.name,) * len(keys), keys, prompts, targets, tuple(references)))
+            regions = gathered_regions(entity_prompts, entity_masks)
+            batches.append(MicroBatch(0, 0, tuple(range(len(keys))), (source.name,) * len(keys), keys, prompts, targets, tuple(references), regions=regions))
     return batches, bad

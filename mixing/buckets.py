@@ -1,7 +1,7 @@
 """Buckets: the few shapes that images of all sizes are scaled and cropped to.
 
-A row has a *class*, which follows from the sizes of its images alone: the nearest of some common aspects, how large the image is where that is not
-large, and the same of each reference. A stage's resolution turns each class into shapes in pixels. So a row keeps its class over all stages and
+A row has a *class*, which follows from the sizes of its images and the number of its regions alone: the nearest of some common aspects, how large
+the image is where that is not large, the aspect of each reference, and how many regions there are. A stage's resolution turns each class into shapes in pixels. So a row keeps its class over all stages and
 levels, and what is shown in one of them need not be shown again in the next.
 """
 
@@ -55,22 +55,27 @@ class RowClass:
     """Pixels of the target, as floor(2 log2 of them), at most LARGEST."""
     references: tuple[int, ...]
     """Of each reference the index of its aspect, or AS_TARGET."""
+    regions: int = 0
+    """How many parts of the target have a prompt of their own."""
 
     @property
     def name(self) -> str:
-        """What the class is called in keys and checkpoints, the same in every run: `3:2 34 +as +1:1`."""
-        return " ".join([_NAMES[self.aspect], str(self.area), *("+as" if each == AS_TARGET else f"+{_NAMES[each]}" for each in self.references)])
+        """What the class is called in keys and checkpoints, the same in every run: `3:2 34 +as +1:1`, or with two regions `3:2 34 2 regions`."""
+        references = ("+as" if each == AS_TARGET else f"+{_NAMES[each]}" for each in self.references)
+        return " ".join([_NAMES[self.aspect], str(self.area), *references, *([_counted(self.regions)] if self.regions else [])])
 
 
 @dataclass(frozen=True, order=True)
 class Signature:
-    """The shapes that all rows of a micro-batch have in common."""
+    """The shapes, and the number of regions, that all rows of a micro-batch have in common."""
 
     target: Size
     references: tuple[Size, ...]
+    regions: int = 0
 
     def __str__(self) -> str:
-        return " + ".join(f"{width}x{height}" for height, width in (self.target, *self.references))
+        sizes = " + ".join(f"{width}x{height}" for height, width in (self.target, *self.references))
+        return f"{_counted(self.regions)} in {sizes}" if self.regions else sizes
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Shapes:
         for each in row_class.references:
             own = aspect if each == AS_TARGET else min(max(float(_VALUES[each]), 1 / self.max_aspect), self.max_aspect)
             shapes.append(shape(min(float(side**2), area) if each == AS_TARGET else float(side**2), own, self.multiple))
-        return Signature(shape(area, aspect, self.multiple), tuple(shapes))
+        return Signature(shape(area, aspect, self.multiple), tuple(shapes), row_class.regions)
 
     def reference_side(self, number: int) -> int:
         """Side of the square of pixels of each of so many references.
@@ -121,11 +126,12 @@ def shape(area: float, aspect: float, multiple: int) -> Size:
 
 
 def classify(
-    sizes: NDArray[np.uint32], num_references: NDArray[np.uint8], reference_sizes: NDArray[np.uint32]
+    sizes: NDArray[np.uint32], num_references: NDArray[np.uint8], reference_sizes: NDArray[np.uint32], num_regions: NDArray[np.uint8] | None = None
 ) -> tuple[NDArray[np.int64], tuple[RowClass, ...]]:
     """The class of every row, as an index into the classes that occur, which are in order.
 
-    sizes: [N, 2], height and width of each target. num_references: [N]. reference_sizes: [their sum, 2], row after row.
+    sizes: [N, 2], height and width of each target. num_references: [N]. reference_sizes: [their sum, 2], row after row. num_regions: [N]; None where
+    no row has any.
     """
     aspects = _nearest(sizes)
     areas = np.minimum(np.floor(2 * np.log2(np.maximum(sizes.astype(np.float64).prod(axis=1), 1)) + 1e-9), LARGEST).astype(np.int64)
@@ -142,23 +148,32 @@ def classify(
     np.add.at(packed, owner, digit)
     whole = ((packed * 256 + number_of) * 64 + areas) * 32 + aspects  # below 2**61
     _, example, index = np.unique(whole, return_index=True, return_inverse=True)
-    classes = [RowClass(int(aspects[row]), int(areas[row]), tuple(told[first[row] : first[row] + number_of[row]].tolist())) for row in example.tolist()]
+    regions = np.zeros(len(sizes), dtype=np.uint8) if num_regions is None else num_regions
+    if regions.any():  # for these there is no room in the one number
+        _, example, index = np.unique(index.ravel().astype(np.int64) * 256 + regions, return_index=True, return_inverse=True)
+    classes = [
+        RowClass(int(aspects[row]), int(areas[row]), tuple(told[first[row] : first[row] + number_of[row]].tolist()), int(regions[row])) for row in example.tolist()
+    ]
     order = sorted(range(len(classes)), key=classes.__getitem__)
     rank = np.empty(len(classes), dtype=np.int64)
     rank[order] = np.arange(len(classes))
     return rank[index.ravel()], tuple(classes[each] for each in order)
 
 
-def class_of(target: Size, references: Sequence[Size]) -> RowClass:
+def class_of(target: Size, references: Sequence[Size], regions: int = 0) -> RowClass:
     """The class of one row."""
-    sizes = np.asarray([target], dtype=np.uint32)
-    _, classes = classify(sizes, np.asarray([len(references)], dtype=np.uint8), np.asarray(references, dtype=np.uint32).reshape(-1, 2))
+    sizes, numbers = np.asarray([target], dtype=np.uint32), np.asarray([[len(references)], [regions]], dtype=np.uint8)
+    _, classes = classify(sizes, numbers[0], np.asarray(references, dtype=np.uint32).reshape(-1, 2), numbers[1])
     return classes[0]
 
 
 def stream_class(references: int) -> RowClass:
-    """The class of every row of a stream, whose sizes are not known before it is read: squares."""
+    """The class of every row of a stream, whose sizes are not known before it is read: squares, without regions."""
     return RowClass(SQUARE, LARGEST, (AS_TARGET,) * references)
+
+
+def _counted(regions: int) -> str:
+    return "1 region" if regions == 1 else f"{regions} regions"
 
 
 def _nearest(sizes: NDArray[np.uint32]) -> NDArray[np.int64]:

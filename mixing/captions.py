@@ -20,7 +20,7 @@ class CaptionRules:
     trigger: str | None = None
     """Words put before the caption, with a comma between."""
     dropout: float = 0.0
-    """How often the caption is left out, in [0, 1)."""
+    """How often the caption is left out, and with it the prompts of all regions, in [0, 1)."""
     shuffle_tags: bool = False
     """Whether the parts between commas change places."""
     keep_tags: int = 0
@@ -33,7 +33,7 @@ def caption(prompts: Sequence[str], rules: CaptionRules, *, seed: int, source: s
     prompts: one or more captions of the same image. Each gets its turn before any comes again: once in every len(prompts) epochs, in an order
     keyed by row. Dropout gives "" and no trigger. Tags are stripped, empty ones dropped, and joined by ", ".
     """
-    if rules.dropout and uniform(np.asarray([key(seed, "caption dropout", source, row, epoch)], dtype=np.uint64))[0] < rules.dropout:
+    if is_dropped(rules, seed=seed, source=source, row=row, epoch=epoch):
         return ""
     chosen = prompts[_turn(len(prompts), seed, source, row, epoch)].strip()
     if not rules.shuffle_tags:
@@ -47,6 +47,16 @@ def caption(prompts: Sequence[str], rules: CaptionRules, *, seed: int, source: s
     moved = sorted(range(kept, len(tags)), key=lambda place: (key(seed, "caption tag", source, row, epoch, place), place))
     in_front = [trigger] if trigger and not has_trigger else []
     return ", ".join([*in_front, *tags[:kept], *(tags[place] for place in moved)])
+
+
+def entity_captions(prompts: Sequence[str], rules: CaptionRules, *, seed: int, source: str, row: str, epoch: int) -> tuple[str, ...]:
+    """The prompts of a row's regions in an epoch: as they are, or all "" where its caption is left out. A trigger and the order of tags are the caption's alone."""
+    return ("",) * len(prompts) if is_dropped(rules, seed=seed, source=source, row=row, epoch=epoch) else tuple(prompts)
+
+
+def is_dropped(rules: CaptionRules, *, seed: int, source: str, row: str, epoch: int) -> bool:
+    """Whether all words of a row are left out in an epoch."""
+    return bool(rules.dropout and uniform(np.asarray([key(seed, "caption dropout", source, row, epoch)], dtype=np.uint64))[0] < rules.dropout)
 
 
 def plain(prompts: Sequence[str], rules: CaptionRules) -> str:

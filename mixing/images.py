@@ -92,10 +92,12 @@ def header_size(data: bytes | Path) -> tuple[int, int]:
     return (width, height) if orientation >= 5 else (height, width)
 
 
-def fit(image: Image.Image, height: int, width: int, *, x: float = 0.5, y: float = 0.5) -> Image.Image:
-    """Scale the image to cover height x width pixels (Lanczos), and crop it; the image itself if it fits.
+def fit(
+    image: Image.Image, height: int, width: int, *, x: float = 0.5, y: float = 0.5, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Scale the image to cover height x width pixels, and crop it; the image itself if it fits.
 
-    x, y: where the part that is kept lies, from left (0) to right (1) and from top (0) to bottom (1). The part that will be
+    x, y: where the part that is kept lies, from left (0) to right (1) and from top (0) to bottom (1). resample: how it is scaled. The part that will be
     seen is scaled and no more, so that a 1 x 4000 image needs no more memory than another. Raises ValueError for a size below 1.
     """
     if height < 1 or width < 1:
@@ -109,7 +111,7 @@ def fit(image: Image.Image, height: int, width: int, *, x: float = 0.5, y: float
     seen_width, seen_height = min(width / scale, image.width), min(height / scale, image.height)
     left_edge, top_edge = (image.width - seen_width) * x, (image.height - seen_height) * y
     box = (left_edge, top_edge, left_edge + seen_width, top_edge + seen_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), resample, box=box)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from mixing.bad_rows import SourceError
 from mixing.rows import Stored
 
-FORMAT = 1
+FORMAT = 2  # 1 did not say how many regions a row has
 
 FRESH = 50_000_000
 """Nanoseconds: a file that changed less than this ago can change again and bear the same time, for clocks of file systems tick (Linux: 1 to 10 ms)."""

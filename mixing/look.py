@@ -52,6 +52,8 @@ class Look:
     """16 bytes that stand for its key, its prompts and the sizes of its images in bytes."""
     extra: tuple[object, ...]
     """Values of the further columns that were asked for."""
+    regions: int
+    """How many there are."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Earlier:
 
     rows: Rows
     stored: Mapping[str, Stored]
-    """num_references [N], sizes [N, 2], reference_sizes [R, 2], stamps and contents [N, 2] (16 bytes as two words), extra (a table)."""
+    """num_references [N], num_regions [N], sizes [N, 2], reference_sizes [R, 2], stamps and contents [N, 2] (16 bytes as two words), extra (a table)."""
     ends: NDArray[np.int64]
     """[N]: references up to the end of each row."""
     order: NDArray[np.int64]
@@ -100,7 +102,7 @@ class Earlier:
         sizes = (self.stored["sizes"][row].tolist(), *references)
         extra: Any = self.stored.get("extra")
         further = () if extra is None else tuple(column[row].as_py() for column in extra.columns)
-        return Look(sizes, self.stored["contents"][row].tobytes(), further)
+        return Look(sizes, self.stored["contents"][row].tobytes(), further, int(self.stored["num_regions"][row]))
 
 
 def looked_at(listing: Listing, stamped: bool, earlier: Earlier | None) -> Iterator[Looked]:
@@ -243,7 +245,7 @@ def _see(found: Found) -> Seen | str:
         return misfit
     described = [found.key, cells.prompts, num_bytes, [region.prompt for region in cells.regions]]
     content = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).digest()
-    return Seen(_light(cells), Look((sizes[0], *sizes[cells.are_references()]), content, cells.extra))
+    return Seen(_light(cells), Look((sizes[0], *sizes[cells.are_references()]), content, cells.extra, len(cells.regions)))
 
 
 def _light(cells: Cells) -> Cells:

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mixing.bad_rows import BadRow, UnreadableRow
 from mixing.batch import MicroBatch
 from mixing.buckets import Signature
-from mixing.captions import caption
+from mixing.captions import caption, entity_captions
 from mixing.cells import Level, Micro, cells
 from mixing.keys import key
 from mixing.order import Budget, Drawn, Order
-from mixing.reading import Images, Latents, Seen, gathered, read_row
+from mixing.reading import Images, Latents, Mask, Regions, Seen, gathered, gathered_regions, read_masks, read_row
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages, read_by, share_out
 from mixing.shares import Mix, Ramp, ramp_steps
@@ -73,13 +73,27 @@ class _Read:
     bad: tuple[BadRow, ...]
     broken: tuple[int, ...] = ()
     """Which of its images came from a stream and could not be decoded: it is to be read again with others in their place."""
+    regions: tuple[Regions, ...] = ()
+    """The first ones, and so on."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image of a micro-batch, as it is seen."""
+
+    key: str
+    prompt: str
+    images: list[Seen]
+    """The target, then the references."""
+    entity_prompts: tuple[str, ...]
+    masks: tuple[Mask, ...]
 
 
 class StageMixture(Dataset[list[_Read]]):
     """One stage's stream of micro-batches: a pure function of the plan, the seed and the step.
 
     selections: every source of the plan. stage: its name. levels: its resolutions. budget: what a step holds. micro: what a micro-batch may hold.
-    tokens_of: tokens of an image with its references and prompt, by their shapes. drawn_before: images that earlier stages have drawn of each (source,
+    tokens_of: tokens of an image with its references and prompts, by their shapes. drawn_before: images that earlier stages have drawn of each (source,
     class). latents: what was encoded before, if anything is kept.
     """
 
@@ -147,7 +161,7 @@ class StageMixture(Dataset[list[_Read]]):
         return int(self.order.counts(np.asarray(step)).sum())
 
     def tokens_before(self, step: int) -> int:
-        """Tokens of the stage before a step: of targets, references and prompts."""
+        """Tokens of the stage before a step: of targets, references and prompts, those of regions too."""
         return int(self.order.counts(np.asarray(step)) @ np.asarray([cell.tokens for cell in self.order.cells]))
 
     def __getitem__(self, requests: Any) -> list[_Read]:
@@ -156,9 +170,7 @@ class StageMixture(Dataset[list[_Read]]):
 
     def _read(self, request: _Request) -> _Read:
         bad: list[BadRow] = []
-        keys: list[str] = []
-        prompts: list[str] = []
-        rows: list[list[Seen]] = []
+        rows: list[_Row] = []
         broken: list[int] = []
         draws = list(zip(request.cells, request.draws, request.places, request.given, strict=True))
         # All rows are read before any is decoded: taking turns costs a tenth of the decoding of small images.
@@ -166,7 +178,7 @@ class StageMixture(Dataset[list[_Read]]):
         for place, ((number, draw, _, given), first) in enumerate(zip(draws, found, strict=True)):
             for attempt in range(_ATTEMPTS if given is None else 1):
                 try:
-                    name, text, seen = self._seen(number, first if attempt == 0 else self._found(number, draw, self._instead(number, draw, attempt), None))
+                    rows.append(self._seen(number, first if attempt == 0 else self._found(number, draw, self._instead(number, draw, attempt), None)))
                     break
                 except UnreadableRow as error:
                     bad.append(error.bad_row)
@@ -174,16 +186,14 @@ class StageMixture(Dataset[list[_Read]]):
                 if given is None:
                     return _Read(request, (), (), (), tuple(bad))  # not raised here: through a worker's pipe it would bring its traceback along
                 broken.append(place)
-                continue
-            keys.append(name)
-            prompts.append(text)
-            rows.append(seen)
         if broken:
             return _Read(request, (), (), (), tuple(bad), tuple(broken))
         signature = self.signatures[request.cells[0]]
         sizes = (signature.target, *signature.references)
-        images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*rows, strict=True), strict=True))
-        return _Read(replace(request, given=()), tuple(keys), tuple(prompts), images, tuple(bad))  # what a stream gave need not go back through a worker's pipe
+        images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*(row.images for row in rows), strict=True), strict=True))
+        regions = gathered_regions([row.entity_prompts for row in rows], [row.masks for row in rows])
+        keys, prompts = tuple(row.key for row in rows), tuple(row.prompt for row in rows)
+        return _Read(replace(request, given=()), keys, prompts, images, tuple(bad), regions=regions)  # what a stream gave need not go back through a worker's pipe
 
     def _instead(self, number: int, draw: int, attempt: int) -> int:
         """Another row of the group of a draw whose own row cannot be decoded. attempt: 1 is the first."""
@@ -201,15 +211,19 @@ class StageMixture(Dataset[list[_Read]]):
         except UnreadableRow as error:
             return error
 
-    def _seen(self, number: int, found: tuple[str, Cells, int] | UnreadableRow) -> tuple[str, str, list[Seen]]:
-        """Key, prompt and images of a row. Raises UnreadableRow."""
+    def _seen(self, number: int, found: tuple[str, Cells, int] | UnreadableRow) -> _Row:
+        """A row as it is seen in an epoch. Raises UnreadableRow."""
         if isinstance(found, UnreadableRow):
             raise found
         name, held, epoch = found
         cell, selection = self.order.cells[number], self.selections[self.order.cells[number].source]
         view = selection.augmentation.view(self.seed, cell.source, name, epoch)
-        seen = read_row(cell.source, name, held, self._classes[number], self.signatures[number], view, self.latents)
-        return name, without_placeholders(caption(held.prompts, selection.captions, seed=self.seed, source=cell.source, row=name, epoch=epoch)), seen
+        signature, rules = self.signatures[number], selection.captions
+        seen = read_row(cell.source, name, held, self._classes[number], signature, view, self.latents)
+        masks = read_masks(cell.source, name, held, signature, view)
+        prompt = without_placeholders(caption(held.prompts, rules, seed=self.seed, source=cell.source, row=name, epoch=epoch))
+        entity_prompts = entity_captions([region.prompt for region in held.regions], rules, seed=self.seed, source=cell.source, row=name, epoch=epoch)
+        return _Row(name, prompt, seen, entity_prompts, masks)
 
     def _mended(self, read: _Read, spares: Mapping[int, Iterator[tuple[str, Cells]]]) -> _Read:
         """A micro-batch read again, with spares in the place of the stream's rows that could not be decoded. Raises TooManyBadRows.
@@ -248,6 +262,7 @@ class StageMixture(Dataset[list[_Read]]):
             request.step_images,
             request.is_last,
             read.bad,
+            read.regions,
         )
 
     def batches(
@@ -288,7 +303,8 @@ class StageMixture(Dataset[list[_Read]]):
     def as_dataset(self, steps: int) -> datasets.IterableDataset:
         """The first steps as a `datasets.IterableDataset` of rows, in the order of training and as training sees them: to look at, map or export.
 
-        Columns: step, micro, source, key, prompt, target (8-bit pixels [H, W, 3]), references (a list of such). Raises ValueError over a stream.
+        Columns: step, micro, source, key, prompt, target (8-bit pixels [H, W, 3]), references (a list of such), entity_prompts (a list of texts),
+        entity_masks (true and false [H, W], one for each of these). Raises ValueError over a stream.
         """
         import datasets
 
@@ -311,7 +327,8 @@ def _generate_rows(mixture: StageMixture, steps: Sequence[int]) -> Iterator[dict
                 batch = mixture._micro_batch(read)
                 for place, (source, row, prompt) in enumerate(zip(batch.sources, batch.keys, batch.prompts, strict=True)):
                     target, *references = (images.pixels[place].numpy() for images in read.images)
-                    yield {"step": step, "micro": batch.micro, "source": source, "key": row, "prompt": prompt, "target": target, "references": references}
+                    regions = {"entity_prompts": [each.prompts[place] for each in batch.regions], "entity_masks": [each.masks[place].numpy() for each in batch.regions]}
+                    yield {"step": step, "micro": batch.micro, "source": source, "key": row, "prompt": prompt, "target": target, "references": references, **regions}
 
 
 class _Requests(Sampler[tuple[_Request, ...]]):
@@ -367,6 +384,7 @@ class _Requests(Sampler[tuple[_Request, ...]]):
         for request in requests:
             signature = self.mixture.signatures[request.cells[0]]
             own = len(request.cells) * sum(3 * height * width for height, width in (signature.target, *signature.references))
+            own += len(request.cells) * signature.regions * signature.target[0] * signature.target[1]
             if message and size + own > _MESSAGE:
                 yield tuple(message)
                 message, size = [], 0

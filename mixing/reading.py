@@ -1,4 +1,4 @@
-"""Reading: a row's images as a stage sees them, scaled, cropped and mirrored, or as the latents that were made of the same before."""
+"""Reading: a row's images as a stage sees them, scaled, cropped and mirrored, or as the latents that were made of the same before; and its regions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from mixing.bad_rows import BadRow, RowError, UnreadableRow
 from mixing.buckets import AS_TARGET, RowClass, Signature, Size
 from mixing.content import content_hash
-from mixing.images import UnreadableImage, decode, fit
+from mixing.images import UnreadableImage, decode, fit, header_size
 from mixing.keys import key, uniform
 from mixing.tasks import Cells, Pixels
 
@@ -23,6 +24,11 @@ _SHARED = 2**20  # bytes from which images go by shared memory (figures in docs/
 
 Picture = NDArray[np.uint8]
 """An image [H, W, 3]."""
+
+Mask = NDArray[np.bool_]
+"""Which pixels of a target are inside of a region, [H, W]."""
+
+_DARK = 127  # of 255; what is lighter is inside
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class Latents(Protocol):
 
     def get(self, key: bytes) -> NDArray[np.float32] | None:
         """The latents, or None."""
+
+    @property
+    def of_references(self) -> bool:
+        """Whether references are asked for too; if not, their pixels are read every time."""
 
 
 class Seen(NamedTuple):
@@ -114,6 +124,28 @@ def _images(size: Size, pixels: torch.Tensor | Picture, latents: torch.Tensor | 
     return Images(size, torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels, latents, is_encoded, keys)
 
 
+@dataclass(frozen=True)
+class Regions:
+    """One region of every image of a micro-batch of B: a part of its target with a prompt of its own."""
+
+    prompts: tuple[str, ...]
+    """[B]; "" where the image's caption is left out."""
+    masks: torch.Tensor
+    """bool [B, H, W], of the target's size: True inside. A region that the crop has cut off is False everywhere."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As that of `Images`: from a worker, small ones go by the pipe."""
+        return _regions, (self.prompts, self.masks.numpy() if self.masks.nbytes < _SHARED else self.masks)
+
+    def pin_memory(self) -> Regions:
+        """The same in page-locked memory."""
+        return replace(self, masks=self.masks.pin_memory())
+
+
+def _regions(prompts: tuple[str, ...], masks: torch.Tensor | Mask) -> Regions:
+    return Regions(prompts, torch.from_numpy(masks) if isinstance(masks, np.ndarray) else masks)
+
+
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """8-bit pixels [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1], on their device, as `mixing.images.to_tensor` has them."""
     return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
@@ -124,12 +156,39 @@ def read_row(source: str, row: str, cells: Cells, row_class: RowClass, signature
     seen: list[Seen] = []
     try:
         seen.append(_read(cells.target, signature.target, view, latents))
+        of_references = latents if latents is not None and latents.of_references else None
         for pixels, size, each in zip(cells.references, signature.references, row_class.references, strict=True):
-            seen.append(_read(pixels, size, view if each == AS_TARGET else View(is_flipped=view.is_flipped), latents))
+            seen.append(_read(pixels, size, view if each == AS_TARGET else View(is_flipped=view.is_flipped), of_references))
     except (RowError, UnreadableImage, OSError) as error:
         name, _ = next(islice(cells.images(), len(seen), None))
         raise UnreadableRow(BadRow(source, row, f"{name}: {error}")) from error
     return seen
+
+
+def read_masks(source: str, row: str, cells: Cells, signature: Signature, view: View) -> tuple[Mask, ...]:
+    """The masks of a row's regions, cropped, scaled (to the nearest pixel) and mirrored as its target is. Raises UnreadableRow, naming the mask.
+
+    Inside is what is lighter than half, once it is scaled. A region may have no pixel left.
+    """
+    if len(cells.regions) != signature.regions:
+        changed = f"{len(cells.regions)} regions, and {signature.regions} when the source was opened; start again, so that it is looked at anew"
+        raise UnreadableRow(BadRow(source, row, changed))
+    masks: list[Mask] = []
+    for name, pixels in islice(cells.images(), 1 + len(cells.references), None):
+        try:
+            masks.append(_mask(pixels, cells.size or header_size(cells.target), signature.target, view))
+        except (RowError, UnreadableImage, OSError) as error:
+            raise UnreadableRow(BadRow(source, row, f"{name}: {error}")) from error
+    return tuple(masks)
+
+
+def _mask(pixels: Pixels, of_target: Size, size: Size, view: View) -> Mask:
+    """A mask of a target that has such a size on disk, as it is seen. Raises UnreadableImage."""
+    image = decode(pixels)
+    if (image.height, image.width) != of_target:
+        raise UnreadableImage(f"{image.width} x {image.height} pixels, and the target has {of_target[1]} x {of_target[0]}; a mask has the target's size")
+    mask = np.asarray(fit(image.convert("L"), *size, x=view.x, y=view.y, resample=Image.Resampling.NEAREST)) > _DARK
+    return mask[:, ::-1] if view.is_flipped else mask
 
 
 def _read(pixels: Pixels, size: Size, view: View, latents: Latents | None) -> Seen:
@@ -145,6 +204,12 @@ def _fitted(pixels: Pixels, size: Size, view: View) -> Picture:
     image = fit(decode(pixels, size), *size, x=view.x, y=view.y)
     picture = np.asarray(image)
     return np.ascontiguousarray(picture[:, ::-1]) if view.is_flipped else picture
+
+
+def gathered_regions(prompts: Sequence[Sequence[str]], masks: Sequence[Sequence[Mask]]) -> tuple[Regions, ...]:
+    """The regions of a micro-batch: every image's first, then every image's second, and so on. prompts, masks: of each image, as many of both."""
+    pairs = zip(zip(*prompts, strict=True), zip(*masks, strict=True), strict=True)
+    return tuple(Regions(texts, torch.from_numpy(np.stack(of_one))) for texts, of_one in pairs)
 
 
 def gathered(size: Size, seen: Sequence[Seen]) -> Images:

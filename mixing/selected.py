@@ -79,7 +79,8 @@ class Selection:
         source = self.source
         first = int(source.num_references[:row].sum())
         references = source.reference_sizes[first : first + int(source.num_references[row])]
-        return class_of((int(source.sizes[row, 0]), int(source.sizes[row, 1])), [(int(height), int(width)) for height, width in references])
+        regions = 0 if source.num_regions is None else int(source.num_regions[row])
+        return class_of((int(source.sizes[row, 0]), int(source.sizes[row, 1])), [(int(height), int(width)) for height, width in references], regions)
 
     def cells(self, row: int) -> Cells:
         """What a row holds. Raises UnreadableRow where its files are gone since the source was opened."""
@@ -108,7 +109,8 @@ def select(source: Source, choice: Choice, held_out: int, *, captions: CaptionRu
     record = selection_record(by=choice.by, column=choice.column, seed=choice.seed, where=choice.where, asked=asked, of=len(candidates), hashes=hashes) | {"source_rows": of} if is_chosen else {}
     apart = held_out_rows(taken, hashes, held_out)
     training = taken[~np.isin(taken, apart, assume_unique=True)] if len(apart) else taken
-    index, classes = classify(np.asarray(source.sizes), np.asarray(source.num_references), np.asarray(source.reference_sizes))
+    regions = None if source.num_regions is None else np.asarray(source.num_regions)
+    index, classes = classify(np.asarray(source.sizes), np.asarray(source.num_references), np.asarray(source.reference_sizes), regions)
     own = index[training]
     rows = training[np.argsort(own, kind="stable")].astype(np.int32)
     if folder is not None and len(rows) >= _MANY:

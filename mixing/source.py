@@ -51,6 +51,8 @@ class Source:
     """[references, 2]: height and width of each upright reference, row after row: `num_references` of them for each."""
     extra: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)
     """[rows]: values of the further columns that were asked for, by name."""
+    num_regions: NDArray[np.uint8] | None = None
+    """[rows]: regions of each row; None where no row has any."""
 
     def __len__(self) -> int:
         return len(self.num_references)
@@ -114,7 +116,7 @@ def open_source(
     except SourceError as error:
         raise SourceError(f"source '{name}' ({path}): {error}") from error
     return Source(
-        name, task, seen.num_references, seen.sizes, seen.bad, seen.fingerprint, seen.rows, seen.reference_sizes, seen.extra
+        name, task, seen.num_references, seen.sizes, seen.bad, seen.fingerprint, seen.rows, seen.reference_sizes, seen.extra, seen.num_regions
     )
 
 

@@ -211,6 +211,8 @@ def open_stream(
     try:
         if task not in TASKS:
             raise SourceError(f"no task '{task}' (tasks: {', '.join(TASKS)}){nearest(task, TASKS)}")
+        if TASKS[task].regions:  # the rows of a micro-batch have equally many, and how many a row has would only be known once it is read
+            raise SourceError(f"task '{task}' is not streamed: how many regions its rows have must be known beforehand; remove `stream: true`")
         shards = _shards(path, split, root, lanes)
         chosen = shards.choose(_first_values(shards), task, columns, prompt)
         declared = references if references is not None else int(TASKS[task].references)

@@ -35,6 +35,8 @@ class Survey:
     """[N, 2]: height and width of the upright target, in pixels, from its header."""
     reference_sizes: NDArray[np.uint32]
     """[R, 2]: those of every upright reference, row after row."""
+    num_regions: NDArray[np.uint8]
+    """[N]"""
     extra: Mapping[str, pa.ChunkedArray]
     """[N]: values of the further columns that were asked for."""
     bad: tuple[BadRow, ...]
@@ -79,7 +81,7 @@ def _look_at_all(
 ) -> tuple[dict[str, Any], Rows, dict[str, Stored]]:
     """What is said of all rows together, the good ones, and what is said of each of these."""
     bad: list[BadRow] = []
-    num_references, sizes, reference_sizes, contents, stamps = array("B"), array("I"), array("I"), bytearray(), bytearray()
+    num_references, num_regions, sizes, reference_sizes, contents, stamps = array("B"), array("B"), array("I"), array("I"), bytearray(), bytearray()
     values = [_Values(name) for name in extra]
 
     def good() -> Iterator[Good]:
@@ -97,6 +99,7 @@ def _look_at_all(
                     look = earlier.look(number)
                     kept = Good(position, row.key, partial(earlier.rows.cells, number), (earlier.rows, number))
             num_references.append(len(look.sizes) - 1)
+            num_regions.append(look.regions)
             sizes.extend(look.sizes[0])
             for size in look.sizes[1:]:
                 reference_sizes.extend(size)
@@ -118,6 +121,7 @@ def _look_at_all(
     facts = {"fingerprint": hashlib.sha256(contents).hexdigest(), "bad": [[row.key, row.reason] for row in bad]}
     stored: dict[str, Stored] = {
         "num_references": np.array(num_references, dtype=np.uint8),
+        "num_regions": np.array(num_regions, dtype=np.uint8),
         "sizes": np.array(sizes, dtype=np.uint32).reshape(-1, 2),
         "reference_sizes": np.array(reference_sizes, dtype=np.uint32).reshape(-1, 2),
     }
@@ -132,7 +136,7 @@ def _survey(source: str, rows: Rows, facts: Mapping[str, Any], stored: Mapping[s
     extra: Any = stored.get("extra")
     columns = {} if extra is None else dict(zip(extra.column_names, extra.columns, strict=True))
     bad = tuple(BadRow(source, place, reason) for place, reason in facts["bad"])
-    return Survey(rows, stored["num_references"], stored["sizes"], stored["reference_sizes"], columns, bad, facts["fingerprint"])
+    return Survey(rows, stored["num_references"], stored["sizes"], stored["reference_sizes"], stored["num_regions"], columns, bad, facts["fingerprint"])
 
 
 def _rows(listing: Listing, entry: Entry) -> Rows:

@@ -22,7 +22,7 @@ from mixing.keys import key as number_of
 from stages.families.base import Text
 from stages.tensor_store import TensorStore
 
-_LATENTS, _EMBEDS, _POOLED = "latents", "embeds", "pooled"
+_LATENTS, _EMBEDS, _POOLED, _MASK = "latents", "embeds", "pooled", "mask"
 
 
 class Cache:
@@ -64,14 +64,14 @@ class Cache:
         return latents
 
     def text(self, prompt: str) -> Text | None:
-        """A kept encoded prompt, embeds [L, D] and pooled [P], on the CPU; None if there is none. With `keep_text` what `TextCache` reads through."""
+        """A kept encoded prompt, embeds [L, ...], pooled [P], mask [L], on the CPU; None if there is none. With `keep_text` what `TextCache` reads through."""
         found = self.texts.get(text_key(prompt, self.text_identity))
         self.count("text", found is not None)
-        return None if found is None else Text(found[_EMBEDS], found[_POOLED])
+        return None if found is None else Text(found[_EMBEDS], found.get(_POOLED), found.get(_MASK))
 
     def keep_text(self, prompt: str, text: Text) -> None:
-        """Keep an encoded prompt, embeds [L, D] and pooled [P]."""
-        self.texts.put(text_key(prompt, self.text_identity), {_EMBEDS: text.embeds, _POOLED: text.pooled})
+        """Keep an encoded prompt, embeds [L, ...], pooled [P], mask [L]."""
+        self.texts.put(text_key(prompt, self.text_identity), text_tensors(text))
         self._stop_together()
 
     def flush(self) -> None:
@@ -95,6 +95,12 @@ class Cache:
     def take_warnings(self) -> list[str]:
         """What went wrong since the last call; none of it stops a run."""
         return self.latents.take_warnings() + self.texts.take_warnings()
+
+
+def text_tensors(text: Text) -> dict[str, Tensor]:
+    """An encoded prompt as it is kept, by name."""
+    parts = {_EMBEDS: text.embeds, _POOLED: text.pooled, _MASK: text.mask}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)

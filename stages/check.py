@@ -9,8 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from mixing.where import WhereError, parse
+from stages.check_adapters import adapter_problems
 from stages.check_model import model_notes, model_problems
+from stages.check_objectives import objective_problems
 from stages.check_sources import source_notes, source_problems
+from stages.placed import target_of
 from stages.plan import Batch, Change, LearningRate, MicroTokens, MixRamp, Stage
 from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
@@ -25,7 +28,7 @@ def check_plan(read: ReadPlan, root: Path) -> list[Problem]:
     root: the folder that relative paths start from. Looks at names, headers and first rows of what lies there, never at the network.
     """
     problems: list[Problem] = []
-    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, _patterns, _accuracy):
+    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems):
         problems += check(read)
     problems += source_problems(read, root)
     problems += model_problems(read, root)
@@ -204,14 +207,16 @@ def _handoffs(read: ReadPlan) -> Iterator[Problem]:
 
 def _patterns(read: ReadPlan) -> Iterator[Problem]:
     lists: dict[Location, str | Sequence[str]] = {("adapter", "targets"): read.plan.adapter.targets}
+    lists |= {("adapters", name, "targets"): settings.targets for name, settings in read.plan.adapters.items()}
     lists |= {("stages", index, "train"): stage.train for index, stage in enumerate(read.plan.stages)}
     for location, patterns in lists.items():
         if isinstance(patterns, str):
             continue
         if not patterns:
             yield _at_value(read, location, "no pattern is given")
-        for number, pattern in enumerate(patterns):
-            if (reason := _not_a_pattern(pattern)) is not None:
+        for number, entry in enumerate(patterns):
+            pattern = target_of(entry, list(read.plan.adapters))[1] if location[0] == "stages" else entry
+            if pattern is not None and (reason := _not_a_pattern(pattern)) is not None:
                 yield _at_value(read, (*location, number), f"{quoted(pattern)} is not a regular expression: {reason}")
 
 

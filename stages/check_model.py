@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from stages.families import FAMILIES, FAMILY_TASKS
+from stages.check_objectives import family_problems, precision_notes
+from stages.families.facts import FAMILIES, PIPELINES, ModelSizes, UnsuitableModel, tasks_of
 from stages.paths import missing, place_of, read_json
 from stages.plan import Model
 from stages.problems import Location, Problem, nearest, quoted, written
@@ -23,15 +23,9 @@ class ModelFolder:
     pipeline: str
     """Class of the diffusers pipeline."""
     family: str
-    pixel_multiple: int
-    """Sides of images in pixels are multiples of this."""
-    takes_guidance: bool
-    text_tokens: int
-    """Tokens of a prompt, padding included."""
-
-
-class UnsuitableModel(ValueError):
-    """A folder that holds no model that can be trained; the message says why."""
+    sizes: ModelSizes
+    experts: tuple[str, ...]
+    """Transformers that share the noise levels among them; empty where there is one for all."""
 
 
 def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
@@ -52,7 +46,7 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
     except UnsuitableModel as error:
         yield Problem(read.place(*location), written(location), f"{quoted(repo)} {error}")
         return
-    if isinstance(read.plan.model, Model) and read.plan.model.guidance is not None and not model.takes_guidance:
+    if isinstance(read.plan.model, Model) and read.plan.model.guidance is not None and not model.sizes.takes_guidance:
         message = "this model's transformer takes no guidance (guidance_embeds is false); remove it"
         yield Problem(read.name_place("model", "guidance"), "model.guidance", message)
     for index, stage in enumerate(read.plan.stages):
@@ -60,20 +54,23 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
         if isinstance(stage.resolution, list):
             sides |= {("resolution", number, "pixels"): level.pixels for number, level in enumerate(stage.resolution)}
         for location, side in sides.items():
-            if side % model.pixel_multiple:
-                below = side // model.pixel_multiple * model.pixel_multiple
-                near = [str(size) for size in (below, below + model.pixel_multiple) if size]
-                message = f"{side} is not a multiple of {model.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
+            if side % model.sizes.pixel_multiple:
+                below = side // model.sizes.pixel_multiple * model.sizes.pixel_multiple
+                near = [str(size) for size in (below, below + model.sizes.pixel_multiple) if size]
+                message = f"{side} is not a multiple of {model.sizes.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
                 yield Problem(read.place("stages", index, *location), written(("stages", index, *location)), message)
+    yield from family_problems(read, model.family, model.pipeline, model.experts, model.sizes.pixel_multiple)
     for name, source in read.plan.sources.items():
-        if source.task not in FAMILY_TASKS[model.family]:
-            message = f"{model.family} cannot train task '{source.task}' (it can: {', '.join(FAMILY_TASKS[model.family])}); remove source '{name}' or choose another model"
+        if source.task not in (can := tasks_of(model.pipeline)):
+            message = f"{model.family} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model"
             yield Problem(read.place("sources", name, "task"), f"sources.{name}.task", message)
 
 
 def model_notes(read: ReadPlan, root: Path) -> Iterator[Problem]:
-    """That a Hub id is not looked up."""
+    """That a Hub id is not looked up, and what is known of the model's family in the precisions that are asked for."""
     repo, location = _repo(read)
+    if os.path.isdir(folder := place_of(root, repo)):
+        yield from precision_notes(read, read_folder(folder).family)
     if not os.path.isdir(place_of(root, repo)) and _no_hub_id(root, repo) is None:
         message = f"no folder {quoted(repo)} here, so it is taken for a Hub id; the Hub was not asked"
         yield Problem(read.place(*location), written(location), message)
@@ -83,29 +80,12 @@ def read_folder(folder: str) -> ModelFolder:
     """What the configs of a folder in the diffusers layout say. Raises UnsuitableModel."""
     index = _config(folder, "model_index.json", "so it is no folder in the diffusers layout")
     pipeline = str(index.get("_class_name"))
-    if pipeline not in FAMILIES:
-        raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[pipeline]
-    multiple, takes_guidance, text_tokens = _FAMILY_FACTS[family](folder, index)
-    return ModelFolder(pipeline, family, multiple, takes_guidance, text_tokens)
-
-
-def _flux(folder: str, index: Mapping[str, object]) -> tuple[int, bool, int]:
-    """A token is 2 x 2 latents; a latent is as many pixels wide as the VAE halves its input, to the power of 2."""
-    transformer = _config(folder, "transformer/config.json", "so there is nothing to train")
-    vae = index.get("vae")
-    halvings = 0
-    if isinstance(vae, list) and vae and vae[0] is not None:
-        channels = _config(folder, "vae/config.json", "which model_index.json promises").get("block_out_channels")
-        if not isinstance(channels, list) or not channels:
-            raise UnsuitableModel("has no list block_out_channels in vae/config.json")
-        halvings = len(channels) - 1
-    length = _config(folder, "tokenizer_2/tokenizer_config.json", "so it cannot read prompts").get("model_max_length", 512)
-    return 2 * 2**halvings, bool(transformer.get("guidance_embeds")), min(512, int(length)) if isinstance(length, int | float) else 512
-
-
-_FAMILY_FACTS: Mapping[str, Callable[[str, Mapping[str, object]], tuple[int, bool, int]]] = MappingProxyType({"flux": _flux})
-"""Family to what gives a folder's pixel multiple, whether its transformer takes guidance, and the tokens of a prompt."""
+    if pipeline not in PIPELINES:
+        raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(PIPELINES))}")
+    family = PIPELINES[pipeline]
+    facts, second = FAMILIES[family], index.get("transformer_2")
+    has_second = isinstance(second, list) and bool(second) and second[0] is not None
+    return ModelFolder(pipeline, family, facts.sizes(lambda name, otherwise: _config(folder, name, otherwise)), facts.experts if has_second else ())
 
 
 def _config(folder: str, name: str, otherwise: str) -> Mapping[str, object]:

@@ -66,6 +66,8 @@ def source_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
         try:
             if source.stream and not source.path.startswith("hub/") and not source.path.endswith((".tar", ".parquet")):
                 raise Wrong("only .tar shards, .parquet files and Hub datasets are streamed; remove it", "stream")
+            if source.stream and TASKS[source.task].regions:
+                raise Wrong(f"task {source.task} is not streamed: how many regions its rows have must be known beforehand; remove it", "stream")
             most = _most_rows(source, root)
             if source.take is not None and source.take.count is not None and most is not None and source.take.count > most:
                 raise Wrong(f"{source.take.count:,} rows are asked for, and there are {most:,}", "take.count")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mixing.content import content_hash
 from mixing.reading import Images, to_float
 from stages.cache import Cache
-from stages.families.base import Family
+from stages.families.family import Family
 
 _NAME = "latents"
 
@@ -22,6 +22,8 @@ class KeptLatents:
     """The cache as the processes that read images see it: they hand over latents where there are any. Implements `mixing.reading.Latents`."""
 
     cache: Cache
+    of_references: bool = True
+    """Whether references are looked up too: not where the text encoder looks at their pixels."""
 
     def key(self, content: bytes, transform: str) -> bytes:
         """As `Cache.latents_key`."""
@@ -52,11 +54,11 @@ def encode(family: Family, images: Images) -> Tensor:
 
 
 def _key_of_pixels(cache: Cache, picture: Tensor) -> bytes:
-    """What the latents of an image that was read without a cache are known by: its pixels, uint8 [H, W, 3]. The fixed inputs of a handoff are."""
+    """What the latents of an image that was read without a cache are known by: its pixels, uint8 [H, W, 3]. The fixed inputs of a handoff are, and references that the text encoder looks at."""
     height, width, _ = picture.shape
     return cache.latents_key(content_hash(picture.numpy().tobytes()), f"{width}x{height} pixels v1")
 
 
 def kept_latents(family: Family) -> KeptLatents | None:
     """What those that read images ask for latents, if the family keeps any."""
-    return None if family.cache is None else KeptLatents(family.cache)
+    return None if family.cache is None else KeptLatents(family.cache, not family.prompts_see_references)

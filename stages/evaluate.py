@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +25,13 @@ from mixing.keys import key
 from mixing.reading import Latents
 from mixing.selected import Selection
 from stages.checkpoint import write_whole
-from stages.encode import encode, kept_latents
-from stages.families.base import Family
-from stages.objectives import flow
+from stages.encode import kept_latents
+from stages.families.family import Family
+from stages.objectives import flow, path, pyramid
+from stages.objectives.parts import errors
+from stages.objectives.windows import Windows
 from stages.precision import StagePrecision
+from stages.shown import show
 
 STRATA = 8
 _ROWS_AT_ONCE = 16
@@ -121,17 +124,25 @@ def evaluate(
     seed: int,
     accelerator: Accelerator,
     unreadable: Callable[[BadRow], None],
+    windows: Windows | None = None,
+    t_range: tuple[float, float] = (0.0, 1.0),
 ) -> Measured:
     """Measure every source's held-out rows, shared out among the processes; the same result on each of them, and for any number of them.
 
-    unreadable: is told of each of this process's rows that cannot be decoded; they are left out.
+    windows: the levels of the pyramid that the rows are measured on, its strata being even parts of the whole way; None for the straight way.
+    t_range: the noise levels that they are measured at. unreadable: is told of each of this process's rows that cannot be decoded; they are left out.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     rows: list[tuple[str, str, float, int]] = []
     for chunk in chunks(selections, shapes, lambda number: number % processes == rank, unreadable, kept_latents(family)):
-        density = flow.Density("logit_normal", 0.0, 1.0, family.shift(family.tokens(*chunk.batch.targets.size)))
         middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
-        row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
+        if windows is not None:
+            row_losses = level_losses(family, transformer, chunk.batch, middles, windows, precision, seed)
+        else:
+            kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
+            shift = family.shift(family.tokens(*chunk.batch.targets.size))
+            density = flow.Density(kind, shift=shift, low=t_range[0], high=t_range[1])
+            row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
         rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)
     gathered = sorted(gather_object(rows)) if processes > 1 else sorted(rows)
     losses: dict[str, dict[str, float]] = {name: {} for name in selections if len(selections[name].held_out)}
@@ -143,11 +154,31 @@ def evaluate(
 
 def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: torch.Tensor, precision: StagePrecision, seed: int) -> torch.Tensor:
     """The loss of each row of a micro-batch at the given t, with noise keyed by (seed, source, row)."""
-    x = encode(family, batch.targets)
-    e = flow.noise(x.shape[1:], [key(seed, "evaluate", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)
+    shown = show(family, batch)
+    x = shown.x
+    e = _noise(batch, x, seed)
     t = family.seen_timestep(t.to(x.device), precision.dtype)
-    text = family.encode_prompts(batch.prompts)
-    references = [encode(family, reference) for reference in batch.references]
     with precision.autocast():
-        predicted = family.predict(transformer, flow.blend(x, e, t), t, text, references)
-    return flow.losses(predicted, x, e)
+        predicted = shown.predict(family, transformer, family.path.blend(x, e, t), t)
+    return path.losses(predicted, family.path.target(x, e, t))
+
+
+def level_losses(family: Family, transformer: nn.Module, batch: MicroBatch, places: torch.Tensor, windows: Windows, precision: StagePrecision, seed: int) -> torch.Tensor:
+    """The same on a pyramid. places: how far each row is on the way from image to noise, float64 [B] in (0, 1); each level has an equal part of it."""
+    shown = show(family, batch)
+    x = shown.x
+    on_way = places * windows.levels
+    levels = [windows.levels - 1 - int(place) for place in on_way.tolist()]
+    parts = pyramid.split(
+        x, _noise(batch, x, seed), levels, (on_way % 1).float(), windows, patch=family.model.sizes.patch, seen=lambda t: family.seen_timestep(t, precision.dtype)
+    )
+    found = torch.zeros(len(x), device=x.device)
+    for part in parts:
+        with precision.autocast():
+            predicted = shown.predict_part(family, transformer, part)
+        found[part.rows.to(x.device)] = errors(predicted, part)
+    return found
+
+
+def _noise(batch: MicroBatch, x: torch.Tensor, seed: int) -> torch.Tensor:
+    return flow.noise(x.shape[1:], [key(seed, "evaluate", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)

@@ -17,6 +17,7 @@ from mixing.buckets import Signature
 from mixing.mixture import StageMixture
 from mixing.selected import Selection
 from stages.feed import Sizes, stage_mixture
+from stages.placed import newest, placed_adapters, target_of
 from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage
 from stages.problems import PlanError
 from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
@@ -68,7 +69,7 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
         tokens += mixture.tokens_before(stage.steps)
         console.print()
         _say(console, Text(f"{index + 1}  {stage.name}", style="bold"))
-        _say(console, Padding(_facts(index, stage, mixture, model), (0, 0, 0, 3)))
+        _say(console, Padding(_facts(plan, index, mixture, model), (0, 0, 0, 3)))
         _say(console, Padding(_mix(stage, mixture, images), (0, 0, 0, 3)))
         _say(console, Padding(_buckets(mixture, knows_tokens=model is not None), (0, 0, 0, 3)))
         for warning in _about_steps(mixture) if model else ():
@@ -104,7 +105,8 @@ def _say(console: Console, what: Text | Padding) -> None:
     console.print(what, width=min(_WIDEST, console.width))
 
 
-def _facts(index: int, stage: Stage, mixture: StageMixture, model: ModelFacts | None) -> Table:
+def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | None) -> Table:
+    stage = plan.stages[index]
     storage, order = resolved_storage(stage), mixture.order
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
@@ -117,7 +119,9 @@ def _facts(index: int, stage: Stage, mixture: StageMixture, model: ModelFacts | 
         tokens = sorted({cell.tokens for cell in order.cells})
         seen += f", {_between(tokens)} tokens each with references and prompt: {_short(mixture.tokens_before(stage.steps))} tokens"
     rows["images"] = seen
-    rows["trains"] = _trains(stage, model.trainable[index] if model else None)
+    if stage.handoff.adapter != "continue":
+        rows["adapter"] = _handed_on(plan, index)
+    rows["trains"] = _trains(stage, list(plan.adapters), model.trainable[index] if model else None)
     rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
     rows["rate"] = _rate(resolved_rate(stage), stage.steps)
     if model:
@@ -137,14 +141,33 @@ def _counted(images: int) -> str:
     return "1 image" if images == 1 else f"{images:,} images"
 
 
-def _trains(stage: Stage, parameters: int | None) -> str:
+def _handed_on(plan: Plan, index: int) -> str:
+    """In which form a stage takes over the adapter."""
+    placed = placed_adapters(plan, index)
+    rank = newest(placed).settings.rank
+    fresh = f"a fresh one of rank {rank}" if len(placed) == 1 or not plan.adapters else "each begins anew"
+    return {
+        "grow": f"grown to rank {rank}; the function stays the same",
+        "shrink": f"shrunk to rank {rank} by SVD; the error is reported",
+        "stack": f"what was learnt is frozen, and a fresh one of rank {rank} put beside it",
+        "merge": f"what was learnt is folded into the base; {fresh}",
+    }[plan.stages[index].handoff.adapter]
+
+
+def _trains(stage: Stage, names: Sequence[str], parameters: int | None) -> str:
     count = f", {_short(parameters)} parameters" if parameters is not None else ""
     if stage.train == "full":
         what = "the transformer's own weights"
     elif stage.train == "adapter":
-        what = "the adapter"
-    else:
+        what = f"the adapters {' and '.join(names)}" if names else "the adapter"
+    elif not names:
         what = f"the adapter where {' or '.join(stage.train)} matches"
+    else:
+        parts = []
+        for name, pattern in (target_of(entry, names) for entry in stage.train):
+            of = f"adapter {name}" if name else "every adapter"
+            parts.append(of if pattern is None else f"{of} where {pattern} matches")
+        what = " and ".join(parts)
     average = f", with a moving average (decay {stage.ema:g})" if stage.ema is not None else ""
     return what + count + average
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mixing.buckets import Shapes, Signature
@@ -14,7 +14,7 @@ from mixing.reading import Latents
 from mixing.selected import Selection
 from mixing.shares import Mix, Ramp
 from stages.plan import Change, MicroTokens, MixRamp, Stage
-from stages.resolved import main_resolution, resolved_batch, resolved_levels
+from stages.resolved import level_shares, main_resolution, resolved_batch, resolved_levels
 
 # Where the plan does not say, a micro-batch has at most so many images, or as many tokens as so many of the largest ...
 _MICRO = 4
@@ -30,19 +30,38 @@ class Sizes:
     """Sides of images are multiples of so many pixels."""
     text_tokens: int
     """Tokens of a prompt, padding included."""
+    coarse: float = 1.0
+    """What of a target's tokens an image has on the mean of the levels that it is trained at; below 1 with a pyramid."""
 
     def image_tokens(self, signature: Signature) -> int:
         """Tokens of a target and its references."""
-        return sum((height // self.multiple) * (width // self.multiple) for height, width in (signature.target, *signature.references))
+        target, *references = ((height // self.multiple) * (width // self.multiple) for height, width in (signature.target, *signature.references))
+        return max(1, round(self.coarse * target)) + sum(references)
 
     def tokens(self, signature: Signature) -> int:
-        """Tokens that the transformer computes on for one row: of its target, its references and its prompt."""
-        return self.image_tokens(signature) + self.text_tokens
+        """Tokens that the transformer computes on for one row: of its target, its references, its prompt and that of each region."""
+        return self.image_tokens(signature) + self.text_tokens * (1 + signature.regions)
+
+
+def sizes_at(stage: Stage, sizes: Sizes) -> Sizes:
+    """The same with the levels of a stage's pyramid, at its beginning."""
+    return replace(sizes, coarse=_coarse(stage)[0])
+
+
+def _coarse(stage: Stage) -> tuple[float, float]:
+    """What of a target's tokens an image has on the mean, in the first step of a stage and in the last."""
+    if stage.pyramid is None:
+        return 1.0, 1.0
+    first, last, _ = level_shares(stage, 1)
+    of_levels = [4.0 ** (level + 1 - stage.pyramid.levels) for level in range(stage.pyramid.levels)]
+    begins, ends = (sum(share * part for share, part in zip(shares, of_levels, strict=True)) / sum(shares) for shares in (first, last or first))
+    return begins, ends
 
 
 def shapes_at(stage: Stage, pixels: int, multiple: int) -> Shapes:
-    """A stage's buckets at a resolution."""
+    """A stage's buckets at a resolution; under a pyramid sides that can be halved for each of its levels."""
     buckets = stage.buckets
+    multiple *= 1 if stage.pyramid is None else 2 ** (stage.pyramid.levels - 1)
     return Shapes(pixels, multiple, buckets.max_aspect, buckets.upscale, tuple(buckets.references or ()))
 
 
@@ -51,13 +70,19 @@ def main_shapes(stage: Stage, multiple: int) -> Shapes:
     return shapes_at(stage, main_resolution(stage), multiple)
 
 
-def budget_of(stage: Stage) -> Budget:
-    """What a step holds."""
+def budget_of(stage: Stage, sizes: Sizes | None = None) -> Budget:
+    """What a step holds. sizes: the model's. Where the shares of a pyramid's levels change, so do an image's tokens, and a step of as many tokens holds other
+    images: the order, which counts every image as in the first step, is asked for more or fewer."""
     batch = resolved_batch(stage)
     unit: Literal["images", "tokens"] = "images" if batch.images is not None else "tokens"
     asked = batch.images if batch.images is not None else batch.tokens
     assert asked is not None
     first, last = (asked.first, asked.last) if isinstance(asked, Change) else (asked, asked)
+    if unit == "tokens" and sizes is not None and stage.pyramid is not None:
+        side = main_resolution(stage)
+        square = Signature((side, side), (), 0)
+        begins, ends = (replace(sizes, coarse=coarse).tokens(square) for coarse in _coarse(stage))
+        last = round(last * begins / ends)
     return Budget(unit, first, last if stage.steps > 1 else first, stage.steps)
 
 
@@ -83,16 +108,17 @@ def micro_of(stage: Stage, selections: Mapping[str, Selection], sizes: Sizes) ->
 def stage_mixture(
     stage: Stage, selections: Mapping[str, Selection], sizes: Sizes, *, seed: int, drawn_before: Mapping[tuple[str, str], int], latents: Latents | None = None
 ) -> StageMixture:
-    """A stage's mixture. Raises ValueError where the mix draws nothing, or an image has more tokens than a micro-batch or a step may have."""
+    """A stage's mixture. sizes: the model's. Raises ValueError where the mix draws nothing, or an image has more tokens than a micro-batch or a step may have."""
+    of_stage = sizes_at(stage, sizes)
     return StageMixture(
         selections,
         mix=mix_of(stage),
         seed=seed,
         stage=stage.name,
         levels=[Level(shapes_at(stage, level.pixels, sizes.multiple), level.share) for level in resolved_levels(stage)],
-        budget=budget_of(stage),
-        micro=micro_of(stage, selections, sizes),
-        tokens_of=sizes.tokens,
+        budget=budget_of(stage, sizes),
+        micro=micro_of(stage, selections, of_stage),
+        tokens_of=of_stage.tokens,
         drawn_before=drawn_before,
         latents=latents,
     )

@@ -29,6 +29,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         "model": whole["model"],
         "fingerprint": model,
         "adapter": whole.get("adapter"),
+        **({"adapters": whole["adapters"]} if plan.adapters else {}),
         "start": whole.get("start"),
         "evaluate.rows": plan.evaluate.rows,
         "stage": own,

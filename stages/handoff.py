@@ -5,32 +5,34 @@ Every stage builds its model anew from disk, so starting, handing on and resumin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixing.batch import MicroBatch, read_rows
-from mixing.buckets import Shapes
+from mixing.buckets import RowClass, Shapes
 from mixing.keys import key
 from mixing.selected import Selection
-from stages.adapter import add_adapter, choose_trainable, load_adapter_weights, without_input_casts
-from stages.checkpoint import Checkpoint, newest_checkpoint
-from stages.encode import encode
-from stages.families.base import Family
+from stages.adapter import adapter_weights, choose_trainable, load_adapter_weights, of_adapter, place_adapters, saved_name, without_input_casts
+from stages.checkpoint import Checkpoint, read_checkpoint
+from stages.families.family import Family
 from stages.objectives import flow
+from stages.pairs import grown, joined, layers_of, merged, ranks_of, rescaled, shrunk
+from stages.placed import DEFAULT, Placed, placed_adapters
 from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision
+from stages.problems import PlanError
 from stages.resolved import resolved_storage
+from stages.shown import show
 
 _PROBED_T = (0.1, 0.5, 0.9)
 _PROBED_ROWS = 4
 EXACT = 1e-4
+MERGED = "base"
+"""The folder, in a stage's, that holds the base which the adapter was folded into."""
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -41,89 +43,114 @@ class Baton:
     base: Path | None
     """A safetensors file of the transformer's weights; None for the model as the plan names it."""
     adapter: Mapping[str, Tensor] | None
-    """The pairs; None before the first stage that trains them."""
+    """The pairs by the names that `adapter_weights` gives them; None before the first stage that trains them."""
     origin: str
     """Where they come from, for the log."""
 
 
 def read_baton(checkpoint: Checkpoint) -> Baton:
-    """What a stage's last checkpoint hands on."""
+    """What a stage's last checkpoint hands on. Raises PlanError if the base that it was merged into is damaged."""
     base = checkpoint.file("transformer") if checkpoint.has("transformer") else None
     if base is None and checkpoint.state["base"] is not None:
         base = (checkpoint.folder / checkpoint.state["base"]).resolve()
+        if base.parent.parent.name == MERGED:  # of another stage's checkpoint the hashes were looked at before
+            try:
+                read_checkpoint(base.parent)
+            except ValueError as error:
+                raise PlanError.at(str(base.parent), f"{error}; restore it, or delete {base.parents[2]} and what comes after it to train that stage anew") from None
     return Baton(base, checkpoint.tensors("adapter") if checkpoint.has("adapter") else None, str(checkpoint.state["stage"]))
 
 
-def read_start(plan: Plan, fingerprint: str) -> Baton:
-    """What `start:` names: a run's folder (its last finished stage), one stage's folder, or a published adapter (its folder or file).
+@dataclass(frozen=True)
+class HandedOn:
+    """What a stage begins with."""
 
-    Raises ValueError if there is none of these, if it was trained on another model, or if its adapter has another rank.
-    """
-    place = Path(plan.start or "")
-    scale = (plan.adapter.alpha or plan.adapter.rank) / plan.adapter.rank
-    file = place / ADAPTER_FILE if place.is_dir() else place
-    if file.is_file() and file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as header:
-            notes = header.metadata() or {}
-        if notes.get("medley.model", fingerprint) != fingerprint:
-            raise ValueError(f"start: {file} was trained on another model than the plan's")
-        weights = {name.removeprefix("transformer."): value.float() for name, value in load_file(file).items()}
-        # Medley's own files hold the scale in B and say alpha = rank; other trainers leave it beside.
-        config = json.loads(notes.get("lora_adapter_metadata", "{}"))
-        rank = float(config.get("transformer.r", 1))
-        scale /= float(config.get("transformer.lora_alpha", rank)) / rank
-        return Baton(None, {name: value / scale if ".lora_B." in name else value for name, value in weights.items()}, str(file))
-    if (place / "stages").is_dir():
-        folders = sorted((place / "stages").iterdir(), key=lambda folder: int(folder.name.split("-")[0]))
+    baton: Baton
+    merged: dict[str, Tensor] | None = None
+    """The weights of the base with the adapter folded in, float32 on the CPU, where the stage asks for that; they take the place of `baton.base`."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Of each layer that was shrunk, by how much of itself its product changed."""
+
+
+def hand_on(family: Family, plan: Plan, stage: Stage, baton: Baton) -> HandedOn:
+    """What the stage before has left, in the form that the stage's `handoff` asks for. Raises ValueError where a rank does not fit what is found."""
+    way = stage.handoff.adapter
+    if baton.adapter is None or stage.train == "full" or way == "continue":
+        return HandedOn(baton)
+    index = plan.stages.index(stage)
+    before, after = placed_adapters(plan, index - 1), placed_adapters(plan, index)
+    if way == "stack":
+        return HandedOn(baton)
+    if way == "merge":
+        return HandedOn(replace(baton, adapter=None), _folded(family, plan, stage, baton, before))
+    name, target = list(after.items())[-1]
+    rank, old = target.settings.rank, list(before.values())[-1]
+    own = of_adapter(baton.adapter, name)
+    errors: dict[str, float] = {}
+    if way == "grow":
+        factor = old.scale / target.scale
     else:
-        folders = [place]
-    for folder in reversed(folders):
-        checkpoint = newest_checkpoint(folder, lambda message: None)
-        if checkpoint is None or not checkpoint.state["finished"]:
-            continue
-        recorded = checkpoint.state["plan"]
-        if recorded["fingerprint"] != fingerprint:
-            raise ValueError(f"start: {folder} was trained on another model than the plan's")
-        baton = read_baton(checkpoint)
-        if baton.adapter is None:
-            return Baton(baton.base, None, str(folder))
-        if recorded["adapter"]["rank"] != plan.adapter.rank:
-            raise ValueError(f"start: the adapter of {folder} has rank {recorded['adapter']['rank']}, the plan asks for {plan.adapter.rank}; restore the rank")
-        factor = (recorded["adapter"]["alpha"] or recorded["adapter"]["rank"]) / recorded["adapter"]["rank"] / scale
-        return Baton(baton.base, {name: value * factor if ".lora_B." in name else value for name, value in baton.adapter.items()}, str(folder))
-    raise ValueError(f"start: {place} is neither a run's folder with a finished stage, nor a finished stage's folder, nor an adapter ({ADAPTER_FILE})")
+        found = joined([(of_adapter(baton.adapter, each), placed.scale) for each, placed in before.items()]) if len(before) > 1 else rescaled(own, old.scale)
+        if least := [f"{layer} has rank {found_rank}" for layer, found_rank in ranks_of(found).items() if found_rank < rank]:
+            raise ValueError(f"'shrink' to rank {rank}, and layer {least[0]}; write grow, or a smaller rank")
+        own, errors = shrunk(found, rank, 1 / target.scale)
+        factor = 1.0
+    try:
+        own = grown(own, rank, factor, seed=plan.seed, adapter=name, turn=target.turn)
+    except ValueError as error:
+        raise ValueError(f"'grow' to rank {rank}: {error}; write shrink, or a larger rank") from None
+    rest = {} if way == "shrink" else dict(baton.adapter)  # those that were stacked on, as they are
+    return HandedOn(replace(baton, adapter={**rest, **{saved_name(name, each): value for each, value in own.items()}}), errors=errors)
+
+
+def _folded(family: Family, plan: Plan, stage: Stage, baton: Baton, before: Mapping[str, Placed]) -> dict[str, Tensor]:
+    """The base's weights with the adapters folded in, float32."""
+    assert baton.adapter is not None
+    weights = {name: value.detach().cpu() for name, value in family.load_transformer(torch.float32, baton.base).state_dict().items()}
+    for name, placed in before.items():
+        own = of_adapter(baton.adapter, name)
+        for layer in layers_of(own):
+            weights[f"{layer}.weight"] = merged(weights[f"{layer}.weight"], own, layer, placed.scale)
+    return weights
 
 
 def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Baton) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A stage's transformer with what trains in it, by name. place: the stage's place in the plan, for errors."""
+    """A stage's transformer with what trains in it, by name.
+
+    place: the stage's place in the plan, for errors. baton: as `hand_on` gives it; an adapter of which it has nothing begins afresh.
+    """
     model = family.load_transformer(DTYPES[resolved_storage(stage)], baton.base)
+    placed = placed_adapters(plan, plan.stages.index(stage))
     if stage.train != "full":
-        add_adapter(model, plan.adapter, family.target_patterns, plan.seed)
+        place_adapters(model, placed, family.target_patterns, plan.seed)
         if baton.adapter is not None:
-            load_adapter_weights(model, baton.adapter, baton.origin)
+            fresh = {name for name in placed if not of_adapter(baton.adapter, name)}
+            begun = {each: value for each, value in adapter_weights(model).items() if (each.rpartition(":")[0] or DEFAULT) in fresh}
+            load_adapter_weights(model, {**begun, **baton.adapter}, baton.origin)
         if stage.precision != "fp32":
             without_input_casts(model)
-    trainable = choose_trainable(model, stage.train, f"{place}.train")
+    trainable = choose_trainable(model, stage.train, f"{place}.train", frozen=[name for name, each in placed.items() if each.frozen])
     model.train()
     return model, trainable
 
 
 def probe_batches(selections: Mapping[str, Selection], shapes: Shapes, names: Collection[str] | None = None) -> dict[str, MicroBatch]:
-    """Fixed inputs by a name that says which rows they are: the first rows, held out where there are any, of a source with some number of references.
+    """Fixed inputs by a name that says which rows they are: the first rows, held out where there are any, of a source with some number of references and regions.
 
-    names: those to read again; left out, one for each number of references, of the first source that has it. Rows that are gone are left out, and so
-    are streams without held-out rows.
+    names: those to read again; left out, one for each number of references and regions, of the first source that has it. Rows that are gone are left
+    out, and so are streams without held-out rows.
     """
     batches: dict[str, MicroBatch] = {}
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for source_name, selection in selections.items():
         source = selection.source
-        for number in sorted({len(row_class.references) for row_class in selection.training}):
-            rows = [row for row in selection.held_out.tolist() if source.num_references[row] == number]
+        for number in sorted({(len(row_class.references), row_class.regions) for row_class in selection.training}):
+            rows = [row for row in selection.held_out.tolist() if _shown(selection.class_of(row)) == number]
             if not rows and selection.stream is None:
-                rows = list(next(training for row_class, training in selection.training.items() if len(row_class.references) == number)[:_PROBED_ROWS])
+                rows = list(next(training for row_class, training in selection.training.items() if _shown(row_class) == number)[:_PROBED_ROWS])
             rows = [int(row) for row in rows[:_PROBED_ROWS]]
-            name = f"{number} references of {source_name} {key(*(source.key(row) for row in rows)):016x}"
+            of_regions = f" and {number[1]} regions" if number[1] else ""
+            name = f"{number[0]} references{of_regions} of {source_name} {key(*(source.key(row) for row in rows)):016x}"
             if rows and (name in names if names is not None else number not in seen):
                 found, _ = read_rows(selection, rows, shapes)
                 if found:
@@ -132,18 +159,23 @@ def probe_batches(selections: Mapping[str, Selection], shapes: Shapes, names: Co
     return batches
 
 
+def _shown(row_class: RowClass) -> tuple[int, int]:
+    """How many references and regions a row has."""
+    return len(row_class.references), row_class.regions
+
+
 @torch.no_grad()
 def probe(family: Family, transformer: nn.Module, batches: Mapping[str, MicroBatch], precision: StagePrecision, seed: int) -> dict[str, Tensor]:
     """What the model predicts on fixed inputs at t = 0.1, 0.5 and 0.9: `NAME t` to float32 [B, C, h, w] on the CPU."""
     outputs = {}
     for name, batch in batches.items():
-        x = encode(family, batch.targets)
+        shown = show(family, batch)
+        x = shown.x
         e = flow.noise(x.shape[1:], [key(seed, "probe", source, row) for source, row in zip(batch.sources, batch.keys, strict=True)]).to(x.device)
-        text, references = family.encode_prompts(batch.prompts), [encode(family, reference) for reference in batch.references]
         for value in _PROBED_T:
             t = torch.full((x.shape[0],), value, device=x.device)
             with precision.autocast():
-                predicted = family.predict(transformer, flow.blend(x, e, t), t, text, references)
+                predicted = shown.predict(family, transformer, family.path.blend(x, e, t), t)
             outputs[f"{name} {value}"] = predicted.float().cpu()
     return outputs
 
@@ -168,6 +200,10 @@ def deltas(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[s
 def cause_of_change(before: Stage, after: Stage) -> str | None:
     """Why the function may change from one stage to the next, or None if it must not."""
     causes = []
+    if after.handoff.adapter == "shrink":
+        causes.append("the adapter was shrunk")
+    if after.handoff.adapter == "merge" and resolved_storage(after) != "fp32":
+        causes.append(f"the adapter was merged into a base in {resolved_storage(after)}")
     if before.precision != after.precision:
         causes.append(f"precision {before.precision} -> {after.precision}")
     if resolved_storage(before) != resolved_storage(after):

@@ -7,8 +7,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,14 @@ from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
+from stages.dropout import Drawing
 from stages.evaluate import Measured, evaluate
 from stages.handoff import probe, probe_batches
 from stages.ledger import ledger_entry
-from stages.objectives.flow import Density
+from stages.objective import Objective
+from stages.objectives.parts import Part
 from stages.optim import Average, optimizer_state
+from stages.placed import placed_adapters
 from stages.plan import Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
@@ -35,6 +39,7 @@ from stages.reader import PlanError
 from stages.report import write_report
 from stages.run import Run
 from stages.sampling import previews, sheet
+from stages.shown import Shown, show
 from stages.stage_event import stage_event
 
 if TYPE_CHECKING:
@@ -56,7 +61,12 @@ class Window:
     steps: int = 0
     tokens: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of images' errors, by source."""
     images: dict[str, int] = field(default_factory=dict)
+    loss: Tensor | float = 0.0
+    """Sum of what is trained: the errors, weighted."""
+    by_noise: Tensor = field(default_factory=lambda: torch.zeros(2, 10, dtype=torch.float64))
+    """Sums of errors and numbers of images, by tenth of the noise level."""
 
 
 @dataclass
@@ -66,6 +76,10 @@ class Leg:
     run: Run
     index: int
     stage: Stage
+    base_file: Path | None
+    """The weights of the transformer that the stage began with; None for the model as the plan names it."""
+    drawing: Drawing
+    """What is told which images are computed, for the adapters' dropout."""
     mixture: StageMixture
     lanes: Lanes
     """The streams that this process reads."""
@@ -78,6 +92,8 @@ class Leg:
     average: Average | None
     key: int
     """Of (seed, stage): noise and timesteps are derived from it and the image's number."""
+    objective: Objective
+    """What is asked of the transformer."""
     step: int
     """Steps made."""
     images: dict[str, int]
@@ -108,15 +124,17 @@ class Leg:
         yield
         self.window.waited += time.monotonic() - began
 
-    def density(self, batch: MicroBatch) -> Density:
-        """Which t a micro-batch is trained at: the shift goes with its targets' tokens."""
-        asked = self.stage.timesteps
-        shift = self.run.family.shift(self.run.family.tokens(*batch.targets.size)) if asked.shift == "auto" else 1.0 if asked.shift == "none" else asked.shift
-        return Density(asked.density, asked.mean, asked.std, shift)
+    def parts(self, batch: MicroBatch) -> tuple[Shown, list[Part]]:
+        """What a micro-batch shows the transformer, and in which calls. Noise, noise levels and dropout come from the images' places in the stage."""
+        left_out = self.objective.left_out(batch)
+        prompts = ["" if gone else prompt for prompt, gone in zip(batch.prompts, left_out.prompts, strict=True)]
+        of_regions = [["" if gone else prompt for prompt, gone in zip(region.prompts, left_out.prompts, strict=True)] for region in batch.regions]
+        shown = show(self.run.family, batch, prompts, of_regions)
+        return shown, self.objective.parts(batch, shown, left_out, self.mixture.images_before(batch.step))
 
-    def noise_keys(self, batch: MicroBatch) -> list[int]:
-        """What each image's noise is derived from."""
-        return [key(self.key, "noise", position) for position in batch.positions]
+    def dropping(self, batch: MicroBatch, part: Part) -> AbstractContextManager[None]:
+        """Inside, inputs of the adapters are dropped as the images ask for it; the forward and the backward pass of a part stand in it."""
+        return self.drawing.of([key(self.key, "dropout", batch.positions[row]) for row in part.rows.tolist()])
 
     def check_multiplied(self, watch: Multiplied) -> None:
         """Compare the dtype of the matrix products that were made with the plan's. Raises TrainingError if they differ."""
@@ -129,16 +147,26 @@ class Leg:
         if self.step == self.first_step and (missing := [name for name, parameter in self.trainable.items() if parameter.grad is None]):
             raise TrainingError(f"stage '{self.stage.name}': {len(missing)} of {len(self.trainable)} trainable weights got no gradient, such as {missing[0]}; take them out of `train` or `adapter.targets`")
 
-    def count(self, batch: MicroBatch, losses: Tensor) -> None:
-        """Count what a micro-batch brought. losses: of each image, float32 [B]."""
-        tokens = batch.tokens - self.run.sizes.text_tokens
+    def count_part(self, batch: MicroBatch, part: Part, errors: Tensor, losses: Tensor) -> None:
+        """Count what a part of a micro-batch brought. errors: of each of its images, float32 [b]; losses: the same, weighted, which is what is trained."""
+        window, tenths = self.window, (part.t * 10).long().clamp(max=9)
+        window.loss = window.loss + losses.sum()
+        window.by_noise = window.by_noise.to(errors.device)
+        window.by_noise[0].index_add_(0, tenths, errors.double())
+        window.by_noise[1].index_add_(0, tenths, torch.ones_like(errors, dtype=torch.float64))
+        for place, row in enumerate(part.rows.tolist()):
+            source = batch.sources[row]
+            window.losses[source] = window.losses.get(source, errors.new_zeros(())) + errors[place]
+
+    def count(self, batch: MicroBatch) -> None:
+        """Count what a micro-batch held."""
+        tokens = batch.tokens - self.run.sizes.text_tokens * (1 + len(batch.regions))
         self.levels[batch.level] += len(batch.sources)
         self.window.tokens += batch.tokens * len(batch.sources)
-        for place, source in enumerate(batch.sources):
+        for source in batch.sources:
             self.images[source] = self.images.get(source, 0) + 1
             self.tokens[source] = self.tokens.get(source, 0) + tokens
             self.window.images[source] = self.window.images.get(source, 0) + 1
-            self.window.losses[source] = self.window.losses.get(source, losses.new_zeros(())) + losses[place]
         self.rows += [(position, batch.micro, source, row) for position, source, row in zip(batch.positions, batch.sources, batch.keys, strict=True)]
         for row in (*batch.bad, *self.lanes.take_bad()):
             self.note_bad(row)
@@ -166,8 +194,11 @@ class Leg:
         device = run.accelerator.device
         sums = torch.stack([self.window.losses.get(name, torch.zeros((), device=device)).double() for name in names])
         counts = torch.tensor([[self.window.images.get(name, 0), self.images.get(name, 0)] for name in names], dtype=torch.float64, device=device)
-        numbers = reduce(torch.cat([sums[:, None], counts], dim=1), reduction="sum").tolist() if run.accelerator.num_processes > 1 else torch.cat([sums[:, None], counts], dim=1).tolist()
-        total, images = sum(row[0] for row in numbers), sum(row[1] for row in numbers)
+        trained = torch.as_tensor(self.window.loss, dtype=torch.float64, device=device)
+        flat = torch.cat([torch.cat([sums[:, None], counts], dim=1).flatten(), self.window.by_noise.to(device).flatten(), trained.reshape(1)])
+        flat = reduce(flat, reduction="sum") if run.accelerator.num_processes > 1 else flat
+        numbers, by_noise, total = flat[: 3 * len(names)].view(-1, 3).tolist(), flat[3 * len(names) : -1].view(2, 10).tolist(), float(flat[-1])
+        images = sum(row[1] for row in numbers)
         tokens = float(self.summed([self.window.tokens])[0])
         if not math.isfinite(total):
             raise TrainingError(f"stage '{self.stage.name}': the loss is {total} since a step at or before {self.step}; the last checkpoint stands. Lower the rate, or choose another precision")
@@ -185,6 +216,7 @@ class Leg:
             "tokens_per_second": tokens / seconds,
             "data_wait": self.window.waited / seconds,
             "multiplied_in": self.multiplied,
+            "loss_by_noise": [error / count if count else None for error, count in zip(*by_noise, strict=True)],
             "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
             "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
         }
@@ -237,15 +269,24 @@ class Leg:
 
     @contextmanager
     def averaged(self) -> Iterator[str]:
-        """Inside, the model holds its moving average where it has one; gives the word for what it holds."""
-        if not self.average:
-            yield "raw"
-            return
-        self.average.swap(self.trainable)
-        try:
-            yield "ema"
-        finally:
+        """Inside, the model holds its moving average where it has one, and is in evaluation mode; gives the word for what it holds."""
+        if self.average:
             self.average.swap(self.trainable)
+        try:
+            with self.still():
+                yield "ema" if self.average else "raw"
+        finally:
+            if self.average:
+                self.average.swap(self.trainable)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
 
     def evaluate(self, kind: str) -> Measured:
         """Measure the held-out rows and log them. kind: start, during or end."""
@@ -261,6 +302,8 @@ class Leg:
                 seed=run.plan.seed,
                 accelerator=run.accelerator,
                 unreadable=self.note_bad,
+                windows=self.objective.windows,
+                t_range=run.t_range(self.stage),
             )
         summary = measured.summary(self.base, self.start)
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
@@ -300,11 +343,12 @@ class Leg:
             drawn: dict[str, dict[str, int]] = {}
             for (source, signature), count in {**run.drawn_before(), **self.mixture.order.drawn_after(self.step)}.items():
                 drawn.setdefault(source, {})[signature] = count
-            base = run.baton.base
+            base = self.base_file
             state = {
                 "stage": stage.name,
                 "index": self.index,
                 "finished": finished,
+                "adapters": {name: placed.settings.model_dump(mode="json") for name, placed in placed_adapters(run.plan, self.index).items()},
                 "plan": run.recorded(stage),
                 "base": None if base is None or stage.train == "full" else os.path.relpath(base, place),
                 "scaler": self.precision.scaler.state_dict(),
@@ -356,9 +400,8 @@ class Leg:
                     self.model,
                     run.selections,
                     rows=plan.previews.rows,
-                    steps=plan.previews.steps,
                     shapes=run.shapes(stage),
-                    precision=self.precision,
+                    sampler=run.sampler(stage, self.precision),
                     seed=plan.seed,
                     accelerator=run.accelerator,
                 )
@@ -376,7 +419,8 @@ class Leg:
                 f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
                 f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
             )
-        probed = probe(run.family, self.model, probe_batches(run.selections, run.shapes(stage)), self.precision, plan.seed)
+        with self.still():
+            probed = probe(run.family, self.model, probe_batches(run.selections, run.shapes(stage)), self.precision, plan.seed)
         encoded = self.encoded()
         run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3), "encoded": encoded})
         if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from stages.adapter import add_adapter, choose_trainable
 from stages.check_model import read_folder
 from stages.explain import ModelFacts
-from stages.families.flux import Flux
+from stages.families.base import targets_in
+from stages.families.open import ARCHITECTURES
 from stages.feed import Sizes
 from stages.plan import Model, Plan
-
-_FAMILIES: Mapping[str, tuple[Any, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
-    {"flux": (FluxTransformer2DModel, Flux.target_patterns)}
-)
-"""Family to its transformer's class, and to the patterns that the words of `adapter.targets` stand for."""
 
 
 def model_facts(plan: Plan) -> ModelFacts | None:
@@ -48,7 +41,7 @@ def model_facts(plan: Plan) -> ModelFacts | None:
         else:
             if adapted is None:
                 adapted = _laid_out(folder, model.family)
-                add_adapter(adapted, plan.adapter, _FAMILIES[model.family][1], plan.seed)
+                add_adapter(adapted, plan.adapter, _targets(folder, model.family), plan.seed)
             chosen = choose_trainable(adapted, stage.train, place)
         trainable.append(sum(parameter.numel() for parameter in chosen.values()))
     parameters = sum(parameter.numel() for parameter in plain.parameters())
@@ -57,13 +50,19 @@ def model_facts(plan: Plan) -> ModelFacts | None:
         parameters=parameters,
         base_bytes={"fp32": 4 * parameters, "bf16": 2 * parameters},
         trainable=tuple(trainable),
-        sizes=Sizes(model.pixel_multiple, model.text_tokens),
+        sizes=Sizes(model.sizes.pixel_multiple, model.sizes.text_tokens),
     )
+
+
+def _targets(folder: str, family: str) -> Mapping[str, tuple[str, ...]]:
+    """What the words of `adapter.targets` stand for in the transformer of a folder."""
+    architecture = ARCHITECTURES[family]
+    return targets_in(architecture, architecture.transformer_class.load_config(folder, subfolder="transformer"))
 
 
 def _laid_out(folder: str, family: str) -> nn.Module:
     """The transformer of a folder on torch's meta device, which holds shapes and no values."""
-    transformer, _ = _FAMILIES[family]
+    transformer = ARCHITECTURES[family].transformer_class
     with torch.device("meta"):
         model: nn.Module = transformer.from_config(transformer.load_config(folder, subfolder="transformer"))
     return model

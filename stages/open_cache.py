@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.cache import Cache
-from stages.families.base import Family
+from stages.families.family import Family
 from stages.plan import Cache as Asked
 from stages.problems import PlanError
 from stages.resolved import in_bytes

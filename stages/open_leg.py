@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from rich.table import Table
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 
 from mixing.keys import key
 from stages.adapter import TargetError, load_adapter_weights, lora_layers
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, read_checkpoint, step_folder, write_checkpoint
+from stages.dropout import add_dropout
 from stages.encode import kept_latents
 from stages.evaluate import Measured
 from stages.feed import stage_mixture
-from stages.handoff import EXACT, build_model, cause_of_change, deltas, probe, probe_batches, probed_names, stage_changes
+from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window
+from stages.objective import Objective
 from stages.open_lanes import open_lanes
 from stages.optim import Average, load_optimizer_state, make_optimizer
+from stages.placed import DEFAULT, newest, placed_adapters
 from stages.plan import Stage
 from stages.precision import StagePrecision
 from stages.reader import PlanError
@@ -42,15 +46,15 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         if not checkpoint and run.shapes(stage) not in {run.shapes(earlier) for earlier in run.plan.stages[:index]}:
             seconds = round(time.monotonic() - began, 3)
             run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
-        baton = run.baton
-        if checkpoint and stage.train == "full":
-            baton = type(baton)(checkpoint.file("transformer"), None, stage.name)
+        handed = _handed_on(run, index, stage, checkpoint)
+        baton = handed.baton
         model, trainable = build_model(run.family, run.plan, stage, place, baton)
         if checkpoint and stage.train != "full":
             load_adapter_weights(model, checkpoint.tensors("adapter"), str(checkpoint.folder))
+        drawing = add_dropout(model, placed_adapters(run.plan, index), trainable.values())
     except (TargetError, JudgeError) as error:
         raise PlanError.at("", str(error)) from None
-    precision = StagePrecision(stage.precision, device)
+    precision, stage_key = StagePrecision(stage.precision, device), key(run.plan.seed, "stage", stage.name)
     average = Average(trainable, stage.ema) if stage.ema is not None else None
     optimizer = make_optimizer(trainable, stage.optimizer)
     if checkpoint:
@@ -67,6 +71,8 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         run=run,
         index=index,
         stage=stage,
+        base_file=baton.base,
+        drawing=drawing,
         mixture=mixture,
         lanes=lanes,
         precision=precision,
@@ -75,7 +81,8 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         trainable=trainable,
         optimizer=optimizer,
         average=average,
-        key=key(run.plan.seed, "stage", stage.name),
+        key=stage_key,
+        objective=Objective(run.family, stage, stage_key, precision.dtype, mixture.images_before(stage.steps)),
         step=checkpoint.step if checkpoint else 0,
         first_step=checkpoint.step if checkpoint else 0,
         images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
@@ -94,8 +101,11 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     else:
         show_stage(leg)
         run.log.write({**stage_event(leg), "state": "start"})
+        if handed.errors and run.last is None:  # of a start there is nothing to compare the function with
+            record = {"event": "handoff", "from": run.baton.origin, "to": stage.name, "kept": [_carried(leg)], "exact": False, "cause": "the adapter was shrunk"}
+            run.log.write({**record, "way": "shrink", "errors": dict(handed.errors), "error": say_errors(leg, handed.errors)})
         if run.last:
-            measure_handoff(leg, kept, base_outputs)
+            measure_handoff(leg, kept, base_outputs, handed)
         leg.start = leg.evaluate("start")
         if run.accelerator.is_main_process:
             leg.start.save(started)
@@ -105,8 +115,8 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
 
 
 def _keep(last: Checkpoint, stage: Stage, optimizer: torch.optim.Optimizer, trainable: dict[str, nn.Parameter], average: Average | None) -> list[str]:
-    """Carry over what `handoff` asks for; returns what was kept, for the log. Raises ValueError if nothing that was asked for could be."""
-    kept = ["weights"]
+    """Carry over what `handoff` asks for beside the weights; returns what was kept, for the log. Raises PlanError if nothing that was asked for could be."""
+    kept: list[str] = []
     if stage.handoff.optimizer != "reset":
         fresh = load_optimizer_state(optimizer, trainable, last.tensors("optimizer"), zero_first=stage.handoff.optimizer == "keep_v")
         if len(fresh) == len(trainable):
@@ -121,19 +131,72 @@ def _keep(last: Checkpoint, stage: Stage, optimizer: torch.optim.Optimizer, trai
     return kept
 
 
-def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) -> None:
+def _handed_on(run: Run, index: int, stage: Stage, checkpoint: Checkpoint | None) -> HandedOn:
+    """What a stage begins with, or goes on from. A base that the adapter was folded into is written once, into the stage's folder.
+
+    Raises PlanError where a rank does not fit what `start` names.
+    """
+    if checkpoint and stage.train == "full":
+        return HandedOn(Baton(checkpoint.file("transformer"), None, stage.name))
+    folder = run.stage_folder(index) / MERGED
+    if checkpoint:
+        # A checkpoint brings its adapter itself. Its base is made again, from the same parts, where it was damaged.
+        if stage.handoff.adapter != "merge" or run.baton.adapter is None:
+            return HandedOn(Baton(run.baton.base, None, stage.name))
+        try:
+            return HandedOn(Baton(read_checkpoint(step_folder(folder, 0)).file("transformer"), None, stage.name))
+        except ValueError as error:
+            run.log.warn(f"{error}; it is made again", stage.name, checkpoint.step)
+    try:
+        handed = hand_on(run.family, run.plan, stage, run.baton)
+    except ValueError as error:
+        raise PlanError.at(f"stages[{index}].handoff", str(error)) from None
+    if handed.merged is None:
+        return handed
+    if run.accelerator.is_main_process:
+        write_checkpoint(folder, 0, {"transformer": handed.merged}, {"stage": stage.name, "merged": run.baton.origin})
+    run.accelerator.wait_for_everyone()
+    return HandedOn(Baton(step_folder(folder, 0) / "transformer.safetensors", None, run.baton.origin))
+
+
+def say_errors(leg: Leg, errors: Mapping[str, float]) -> dict[str, float]:
+    """Print by how much shrinking changed the layers' products; gives the worst and the mean, for the log."""
+    said = {"worst": max(errors.values()), "mean": sum(errors.values()) / len(errors)}
+    rank = newest(placed_adapters(leg.run.plan, leg.index)).settings.rank
+    leg.run.log.say(f"  shrunk to rank {rank}: a layer's product changed by {said['worst']:.1%} of itself at worst, {said['mean']:.1%} on average")
+    return said
+
+
+def _carried(leg: Leg) -> str:
+    """In which form the weights were handed on, in words."""
+    placed = placed_adapters(leg.run.plan, leg.index)
+    rank = newest(placed).settings.rank
+    return {
+        "continue": "weights",
+        "grow": f"the adapter, grown to rank {rank}",
+        "shrink": f"the adapter, shrunk to rank {rank}",
+        "stack": f"the adapter, frozen, and a fresh one of rank {rank} beside it",
+        "merge": "the adapter, folded into the base, and a fresh one" + (f" of rank {rank}" if len(placed) == 1 else " in each place"),
+    }[leg.stage.handoff.adapter]
+
+
+def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], handed: HandedOn) -> None:
     """Compare the new stage's model with what the last one gave on fixed inputs. Raises TrainingError if it must be the same and is not."""
     run, last = leg.run, leg.run.last
     assert last is not None
     before = run.plan.stages[int(last.state["index"])]
-    cause = cause_of_change(before, leg.stage)
+    cause, kept = cause_of_change(before, leg.stage), [_carried(leg), *kept]
     old = last.tensors("probe")
-    outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
+    with leg.still():
+        outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
     base = run.base(before)[1] if run.shapes(before) != run.shapes(leg.stage) else base_outputs
     delta = deltas(outputs, old, base)
-    run.log.write(
-        {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
-    )
+    record = {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
+    if leg.stage.handoff.adapter != "continue":
+        record["way"] = leg.stage.handoff.adapter
+    if handed.errors:
+        record |= {"errors": dict(handed.errors), "error": say_errors(leg, handed.errors)}
+    run.log.write(record)
     if not delta:
         run.log.warn(f"handoff from '{before.name}': the rows that it was measured on are gone, so the change of the function is not known", leg.stage.name, 0)
         return
@@ -143,12 +206,27 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor]) 
         raise TrainingError(f"handoff from '{before.name}' to '{leg.stage.name}': the function changed by {largest:.2e} of what was learnt, and nothing in the plan changes it (at most {EXACT:g})")
 
 
+def _trains(leg: Leg) -> str:
+    """What trains, in words: `every weight`, `the adapter, 19 layers`, `3 layers of the adapter`, `adapter 'core', 19 layers`."""
+    if leg.stage.train == "full":
+        return "every weight"
+    training = {id(parameter) for parameter in leg.trainable.values()}
+    layers = lora_layers(leg.model)
+    of = {name: [bool({id(layer.lora_A[name].weight), id(layer.lora_B[name].weight)} & training) for layer in layers.values() if name in layer.lora_A] for name in placed_adapters(leg.run.plan, leg.index)}
+    said = []
+    for name, trains in of.items():
+        called = "the adapter" if name == DEFAULT else f"adapter '{name}'"
+        if any(trains):
+            said.append(f"{called}, {len(trains)} layers" if all(trains) else f"{sum(trains)} layers of {called}")
+    return " and ".join(said)
+
+
 def show_stage(leg: Leg) -> None:
     """Print what a stage will do: its settings, what trains, and what each source gives."""
     stage, run = leg.stage, leg.run
     rate = resolved_rate(stage)
     trained = sum(parameter.numel() for parameter in leg.trainable.values())
-    what = f"the adapter, {len(lora_layers(leg.model))} layers" if stage.train == "adapter" else "every weight" if stage.train == "full" else f"{len(leg.trainable) // 2} layers of the adapter"
+    what = _trains(leg)
     run.log.say("")
     run.log.say(
         f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {step_words(stage)} at {resolution_words(stage)} pixels, "

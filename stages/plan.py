@@ -27,6 +27,7 @@ Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Side = Annotated[int, Field(strict=True, ge=1, le=16384)]
 Bytes = Annotated[str, Field(pattern=BYTES_PATTERN, max_length=20)]
+Rank = Annotated[int, Field(strict=True, ge=1, le=4096)]
 
 
 class _Word(BaseModel):
@@ -49,13 +50,19 @@ class Model(_Word):
 class Adapter(_Word):
     """The LoRA that stages with `train: adapter` teach. Its weights and its optimizer's are float32, whatever the base is stored in."""
 
-    rank: Annotated[int, Field(strict=True, ge=1, le=4096)] = 16
+    rank: Rank = 16
     """Rank r of every low-rank pair."""
     alpha: Positive | None = None
-    """Scale: the pair's product is multiplied by alpha / rank. Left out, it is the rank."""
+    """Scale: the pair's product is multiplied by alpha / rank, with `variant: rslora` by alpha / sqrt(rank). Left out, it is the rank."""
     targets: Literal["attention", "blocks", "linear"] | list[str] = "blocks"
     """Which linear layers get a pair: `attention`; `blocks` (attention and feed-forward of every block); `linear` (those, and the
     blocks' modulation); or a list of patterns, each matched against a module's full name. A pattern that matches nothing is an error."""
+    variant: Literal["lora", "dora", "rslora"] = "lora"
+    """`lora` (Hu et al. 2021). `rslora`: another scale, under which large ranks learn as fast as small ones (Kalajdzievski 2023). `dora`: a pair
+    turns the rows of a layer's weight and a vector of magnitudes, trained too, sets their lengths (Liu et al. 2024)."""
+    dropout: Fraction = 0.0
+    """How often a number of a pair's input is left out in training, in [0, 1). What is left out follows from (seed, stage, image, layer), so a
+    resumed run repeats it; nothing is left out where the model is measured or sampled."""
 
 
 class Power(_Word):
@@ -108,10 +115,27 @@ class Augment(_Word):
     """How many different crops and flips of a row there are; epoch after epoch they take turns. More cost more cache."""
 
 
+class Prior(_Word):
+    """Images that the model itself makes before it is trained, to keep what it can do while it learns something else (prior preservation)."""
+
+    prompts: str | Annotated[list[str], Field(min_length=1)]
+    """A text file with a prompt on each line, or a list of prompts. They take turns."""
+    count: Count
+    """How many images."""
+    steps: Count = 28
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
+    """Classifier-free guidance; 1 is none. Left out, what the family is usually sampled with."""
+    resolution: Side | None = None
+    """Side of the square images. Left out, the resolution of the first stage that draws the source."""
+
+
 class Source(_Word):
     """Rows of one kind from one place."""
 
-    path: str
+    prior: Prior | None = None
+    """In the place of `path`: images that the model makes itself, once, and which are kept. Give it a share of the mix and a factor in `loss.sources`."""
+    path: str = ""
     """A folder of images with .txt captions, or with metadata.jsonl or metadata.csv; a .jsonl, .json (a list of objects) or .csv file; one or
     more .parquet or .arrow files or .tar shards of the webdataset layout (`data/*.parquet`, `data-{000..063}.tar`); a folder that `datasets`
     saved (`save_to_disk`); or `hub/USER/DATASET`."""
@@ -211,19 +235,104 @@ class Optimizer(_Word):
 class Timesteps(_Word):
     """Which noise levels are trained. t = 1 is noise, t = 0 the image."""
 
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
-    """`logit_normal`: t = sigmoid(mean + std z), z normal (Esser et al. 2024). `uniform`: t uniform in (0, 1)."""
+    density: Literal["logit_normal", "uniform", "mode"] | None = None
+    """`logit_normal`: t = sigmoid(mean + std z), z normal (Esser et al. 2024). `uniform`: t uniform in (0, 1). `mode`: more at both ends or in the middle,
+    by `scale` (the same paper, section 3.1). Left out: logit_normal, and uniform for a model that predicts noise."""
     mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
-    """Mean of the logit; above 0 trains more on noise. Refused with `uniform`."""
+    """Mean of the logit; above 0 trains more on noise. Only with `logit_normal`."""
     std: Positive = 1.0
-    """Standard deviation of the logit. Refused with `uniform`."""
+    """Standard deviation of the logit. Only with `logit_normal`."""
+    scale: Annotated[float, Field(ge=-1, le=1.7519, allow_inf_nan=False)] = 1.29
+    """Of `mode`: above 0 more in the middle, below 0 more at the ends, 0 uniform."""
     shift: Literal["auto", "none"] | Positive = "auto"
-    """t becomes s t / (1 + (s - 1) t). `auto`: what the model's own scheduler does at this number of tokens. `none`: s = 1. Or s itself."""
+    """t becomes s t / (1 + (s - 1) t). `auto`: what the model's family is trained with, mostly by the number of tokens (docs/families.md). `none`: s = 1. Or
+    s itself."""
+    range: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Only noise levels from the first to the second, [low, high]; the density keeps its shape inside. With `expert`, left out, what the expert is for."""
+    stratified: bool = False
+    """Whether each step spreads its images evenly over the density: the same levels in the long run, with less noise from step to step."""
+
+
+class Ramped(_Word):
+    """Numbers that change in a straight line over the stage."""
+
+    first: Annotated[list[Share], Field(alias="from")]
+    """Of the first image."""
+    last: Annotated[list[Share], Field(alias="to")]
+    """Of the last image."""
+
+
+class Pyramid(_Word):
+    """Train the way from noise to image through levels of resolution, coarse while there is much noise, as Pyramid-Flow does (Jin et al. 2024,
+    arXiv:2410.05954). An adapter that was trained so is sampled so: previews are, and the published one says how."""
+
+    levels: Annotated[int, Field(strict=True, ge=1, le=4)] = 3
+    """How many; each halves the sides of the one after it. Sides of images become multiples of the model's multiple, doubled for each level but one."""
+    shares: list[Share] | Ramped | None = None
+    """Shares of the levels among the images, the coarsest first: [1, 2, 1] is Pyramid-Flow's, [1, 1, 1] its first. {from, to} changes them over the stage.
+    Left out, all alike but the middle one of three, which has twice the others'."""
+    gamma: Annotated[float, Field(gt=0, le=1 / 3, allow_inf_nan=False)] = 1 / 3
+    """How the noise that a jump between levels adds hangs together: -gamma between the pixels of a 2 x 2 block."""
+    loss: Literal["original", "plain"] = "original"
+    """`original`: a level's loss counts by the square of its part of the way, as in Pyramid-Flow. `plain`: all alike."""
+
+
+class Changed(_Word):
+    """Weigh the loss of an edit where target and reference differ, as OmniGen says that it does (arXiv:2409.11340, section 2.3): places of the latents that differ by
+    more than `threshold` count 1 / (mean difference) as much, within `limits`; a pair that is all but the same is left out."""
+
+    threshold: Positive = 0.3
+    """Difference of a place, mean over channels, above which it counts as changed."""
+    limits: tuple[Positive, Positive] = (5.0, 64.0)
+    """Least and most weight of a changed place."""
+    same: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.001
+    """A pair whose mean difference is below this teaches nothing, and has weight 0."""
+    different: Positive = 0.8
+    """A pair whose mean difference is above this is no edit of a part, and is weighed plainly."""
+
+
+class Loss(_Word):
+    """How the errors of images become one number."""
+
+    weighting: Literal["none", "bell", "min_snr"] = "none"
+    """By noise level: `none`; `bell`, most in the middle and nothing at the ends, its mean 1, as DiffSynth trains EliGen; `min_snr`, least of the signal-to-noise
+    ratio and `gamma`, for models that predict noise (Hang et al. 2023, arXiv:2303.09556)."""
+    gamma: Positive = 5.0
+    """Of `min_snr`."""
+    per: Literal["image", "token"] = "image"
+    """`image`: each image counts alike, whatever its size. `token`: by its tokens, against those of an image of the stage's resolution."""
+    sources: dict[Name, Rate] = Field(default_factory=dict)
+    """Factor of a source's loss, such as {prior: 0.5}; 1 where it is left out."""
+    changed: Changed | None = None
+    """Weigh edits by what changes."""
+
+
+class Dropout(_Word):
+    """How often the transformer is shown less than a row holds, so that it learns what guidance at sampling compares with. Which rows follows from
+    (seed, stage, image). A family's own empty prompt stands where a prompt was."""
+
+    prompt: Fraction = 0.0
+    """How often the prompt is left out, in [0, 1)."""
+    references: Fraction = 0.0
+    """How often the references are left out, in [0, 1); of the rows without prompt with `nested`. Refused with `joint`."""
+    mode: Literal["joint", "nested", "independent"] = "independent"
+    """`joint`: the references go whenever the prompt does (OmniGen). `nested`: they go only where the prompt went (OmniGen2). `independent`: each by itself."""
 
 
 class Handoff(_Word):
-    """What a stage takes over from the one before it, beside the weights."""
+    """What a stage takes over from the one before it, and in which form."""
 
+    adapter: Literal["continue", "grow", "shrink", "stack", "merge"] = "continue"
+    """`continue`: the same pairs train on. `grow`: each gets a larger `rank`. `stack`: what was learnt is frozen, and a fresh adapter of `rank` is put
+    beside it; published, they are one. `merge`: what was learnt is folded into the base, and a fresh adapter of `rank` begins. All of these leave the
+    function as it is. `shrink`: the nearest pairs of a smaller `rank`, by SVD, also of a stack; the error is reported. In a first stage, `grow`
+    and `shrink` bring what `start` names to `rank`."""
+    rank: Rank | None = None
+    """The rank after the handoff. Left out: with `grow` twice the old one, with `shrink` half of it, with `stack` and `merge`, and after `start`, the plan's."""
+    alpha: Positive | None = None
+    """The alpha after the handoff. Left out, it is to `rank` as the adapter's alpha is to its rank."""
+    lossy: bool = False
+    """Whether `merge` may fold the adapter into weights that the stage stores in bf16, which rounds most of it away."""
     optimizer: Literal["reset", "keep", "keep_v"] = "reset"
     """`reset`: new moments. `keep`: both moments and their step count, where name and shape agree. `keep_v`: the second moment and the count, the first set to zero."""
     ema: Literal["keep", "reset"] = "reset"
@@ -285,7 +394,9 @@ class Stage(_Word):
     base: Storage | None = None
     """What the frozen weights are stored in. Left out: fp32 for `precision: fp32` and for `train: full`, else bf16."""
     train: Literal["adapter", "full"] | list[str] = "adapter"
-    """`adapter`: the whole adapter. `full`: the transformer's own weights. A list of patterns: the adapter's pairs on modules whose full name matches one."""
+    """`adapter`: the whole adapter, or all of them. `full`: the transformer's own weights. A list: each entry the name of an adapter, or a pattern: the
+    pairs on modules whose full name matches it, of one adapter where its name and a colon stand before (`cond:transformer_blocks\\..*`). What does
+    not train stays as it is, and stays active."""
     optimizer: Optimizer = Optimizer()
     """Settings of AdamW."""
     clip: Positive | None = 1.0
@@ -294,6 +405,14 @@ class Stage(_Word):
     """Decay of a float32 moving average of what trains; it is evaluated and published in the place of the raw weights."""
     timesteps: Timesteps = Timesteps()
     """Which noise levels are trained."""
+    expert: Literal["high", "low"] | None = None
+    """Which of two transformers trains, for a model that has one for much noise and one for little (Wan 2.2). Its timesteps are those that it is for."""
+    pyramid: Pyramid | None = None
+    """Train through levels of resolution."""
+    loss: Loss = Loss()
+    """How the errors of images become one number."""
+    dropout: Dropout = Dropout()
+    """How often prompts and references are left out."""
     handoff: Handoff = Handoff()
     """What is taken over from the stage before."""
 
@@ -328,6 +447,8 @@ class Previews(_Word):
     """Rows of each source; 0 makes none."""
     steps: Count = 20
     """Sampling steps, of previews and of the samples that `evaluate.accuracy` judges."""
+    guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
+    """Classifier-free guidance of both; 1 is none. Left out, what the family is usually sampled with (docs/families.md)."""
 
 
 class Cache(_Word):
@@ -355,6 +476,8 @@ class Plan(_Word):
     """The model: a Hub id or folder, or {repo, revision, guidance}."""
     adapter: Adapter = Adapter()
     """The LoRA."""
+    adapters: Annotated[dict[Name, Adapter], Field(max_length=16)] = Field(default_factory=dict)
+    """In its place several, by name (without a dot), all active at once; a stage's `train` says which learn. They are published as one, and each alone."""
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     """The sources by name."""
     stages: Annotated[list[Stage], Field(min_length=1, max_length=1000)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixing.batch import MicroBatch
-from stages.adapter import exactly, lora_layers
+from stages.adapter import exactly, lora_layers, of_adapter
 from stages.checkpoint import sync
-from stages.families.base import Family
+from stages.families.family import Family
 from stages.handoff import ADAPTER_FILE, probe, same_outputs
+from stages.pairs import joined, ranks_of
+from stages.placed import newest, placed_adapters, scale_of, total_rank
 from stages.plan import Adapter, Model, Plan
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import RunError
@@ -45,20 +48,24 @@ def publish_adapter(
 ) -> float:
     """Write adapter/ and prove it: load it into a fresh base with the stock pipeline, and compare the outputs.
 
-    weights: the pairs as peft names them. base: weights of the transformer they sit on, or None for the model itself; storage: its dtype.
+    weights: the pairs as checkpoints name them; several adapters are written as one, and beside it each alone. base: weights of the transformer they sit on, or None for the model itself; storage: its dtype.
     saw: what the trained model gave on `batches` in `precision`. sheet: a picture for the card, if it exists. Returns the largest difference
     of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_adapter(partial / ADAPTER_FILE, weights, plan.adapter, notes)
+    placed = placed_adapters(plan, len(plan.stages) - 1)
+    one, settings = as_one(plan, weights)
+    write_adapter(partial / ADAPTER_FILE, one, settings, notes)
+    for name, each in placed.items() if len(placed) > 1 else ():
+        write_adapter(partial / f"{name}.safetensors", of_adapter(weights, name), each.settings, notes)
     if sheet.exists():
         shutil.copyfile(sheet, partial / "previews.png")
     (partial / "README.md").write_text(card, encoding="utf-8")
     fresh = family.load_transformer(DTYPES[storage], base)
     family.stock_pipeline(fresh, encoders=False).load_lora_weights(partial, weight_name=ADAPTER_FILE)
-    off = _largest_change(fresh, weights, (plan.adapter.alpha or plan.adapter.rank) / plan.adapter.rank)
+    off = _largest_change(fresh, one, scale_of(settings))
     difference = same_outputs(saw, probe(family, fresh, batches, precision, plan.seed))
     largest = max(float(output.abs().max()) for output in saw.values())
     if not off <= _PAIRS[storage] or (storage == "fp32" and not difference <= _OUTPUTS * max(1.0, largest)):
@@ -78,8 +85,19 @@ def publish_adapter(
     return difference
 
 
+def as_one(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Adapter]:
+    """What the last stage's adapters add together, as the pairs of one adapter, and its settings. weights: as checkpoints name them."""
+    placed = placed_adapters(plan, len(plan.stages) - 1)
+    if len(placed) == 1:
+        ((name, only),) = placed.items()
+        return of_adapter(weights, name), only.settings
+    rank = total_rank(placed)
+    return joined([(of_adapter(weights, name), each.scale) for name, each in placed.items()]), Adapter(rank=rank, alpha=rank)
+
+
 def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: float) -> float:
-    """The largest |loaded - trained| / |trained| over the layers, of the product that a pair adds to its layer; infinite if a layer has none."""
+    """The largest |loaded - trained| / |trained| over the layers, of the product that a pair adds to its layer, and of DoRA's magnitudes; infinite if a
+    layer has none."""
     layers = lora_layers(loaded)
     names = {name.split(".lora_")[0] for name in weights}
     if names != set(layers):
@@ -91,19 +109,30 @@ def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: flo
         trained = scale * (weights[f"{name}.lora_B.weight"].to(up.device) @ weights[f"{name}.lora_A.weight"].to(up.device))
         change = float((layers[name].scaling[adapter] * (up.detach().float() @ down.detach().float()) - trained).norm())
         worst = max(worst, change / max(float(trained.norm()), 1e-30)) if math.isfinite(change) else float("inf")
+        magnitude = weights.get(f"{name}.lora_magnitude_vector")
+        if (magnitude is not None) != (adapter in layers[name].lora_magnitude_vector):
+            return float("inf")
+        if magnitude is not None:
+            changed = float((layers[name].lora_magnitude_vector[adapter].weight.detach().float() - magnitude.to(up.device)).norm() / magnitude.norm())
+            worst = max(worst, changed) if math.isfinite(changed) else float("inf")
     return worst
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], adapter: Adapter, notes: Mapping[str, str]) -> None:
-    """Write the pairs so that no reader needs metadata: the scale alpha / rank is multiplied into B, and alpha is the rank.
+    """Write the pairs so that no reader needs metadata: the scale is multiplied into B, and alpha is the rank.
 
     A file without metadata whose alpha is not its rank loads at the wrong strength in silence (diffusers 0.42.1, peft 0.21.2); the metadata
-    is there all the same. notes: further strings of the header (plan, ledger).
+    is there all the same. weights: of one adapter. notes: further strings of the header (plan, ledger).
     """
-    scale = (adapter.alpha or adapter.rank) / adapter.rank
+    scale = scale_of(adapter)
     baked = {f"transformer.{name}": (value * scale if ".lora_B." in name else value).contiguous() for name, value in weights.items()}
     modules = sorted({name.split(".lora_")[0] for name in weights})
-    config = {"transformer.r": adapter.rank, "transformer.lora_alpha": adapter.rank, "transformer.target_modules": exactly(modules)}
+    config: dict[str, Any] = {"transformer.r": adapter.rank, "transformer.lora_alpha": adapter.rank, "transformer.target_modules": exactly(modules)}
+    # Adapters with other targets, joined, have other ranks in places. A pattern is matched against a name's end unless it begins with ^ (peft 0.21).
+    if ranks := {f"^{re.escape(layer)}": rank for layer, rank in ranks_of(weights).items() if rank != adapter.rank}:
+        config |= {"transformer.rank_pattern": ranks, "transformer.alpha_pattern": ranks}
+    if adapter.variant == "dora":
+        config["transformer.use_dora"] = True
     save_file(baked, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True), **notes})
     sort_header(path)
 
@@ -124,6 +153,8 @@ def sort_header(path: Path) -> None:
 def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None) -> str:
     """The adapter's README.md: how to load it, what it saw, how well it does, and with what it was made."""
     repo = plan.model.repo if isinstance(plan.model, Model) else plan.model
+    placed = placed_adapters(plan, len(plan.stages) - 1)
+    settings = newest(placed).settings
     saw = ["| stage | source | asked | drawn | images | epochs |", "|---|---|---:|---:|---:|---:|"]
     for stage in ledger["stages"]:
         for name, entry in stage["sources"].items():
@@ -139,7 +170,7 @@ def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any]
             "---",
             f"# {plan.name}",
             "",
-            f"A LoRA of rank {plan.adapter.rank} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.",
+            f"A {'DoRA' if settings.variant == 'dora' else 'LoRA'} of rank {total_rank(placed)} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.",
             "",
             "```python",
             "import torch",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from stages.plan import Batch, Change, LearningRate, Level, Plan, Stage, Storage
+from stages.placed import newest, placed_adapters
+from stages.objectives.windows import Windows
+from stages.plan import Batch, Change, LearningRate, Level, Plan, Ramped, Stage, Storage
 
 
 def resolved_batch(stage: Stage) -> Batch:
@@ -26,6 +28,20 @@ def resolved_levels(stage: Stage) -> list[Level]:
 def main_resolution(stage: Stage) -> int:
     """The largest of the stage's resolutions, at which held-out rows are seen."""
     return max(level.pixels for level in resolved_levels(stage))
+
+
+def windows_of(stage: Stage) -> Windows | None:
+    """The levels of the stage's pyramid; None for a straight flow."""
+    return None if stage.pyramid is None else Windows(stage.pyramid.levels, stage.pyramid.gamma)
+
+
+def level_shares(stage: Stage, images: int) -> tuple[tuple[float, ...], tuple[float, ...] | None, int | None]:
+    """The shares of the pyramid's levels as `LevelShares` takes them. images: of the stage."""
+    assert stage.pyramid is not None
+    shares, levels = stage.pyramid.shares, stage.pyramid.levels
+    if isinstance(shares, Ramped):
+        return tuple(shares.first), tuple(shares.last), images
+    return tuple(shares) if shares is not None else (1.0, 2.0, 1.0) if levels == 3 else (1.0,) * levels, None, None
 
 
 def step_words(stage: Stage) -> str:
@@ -68,10 +84,16 @@ def resolved_storage(stage: Stage) -> Storage:
 
 
 def resolved_plan(plan: Plan) -> Plan:
-    """The same plan with every number that a default computes written as a number: micro-batches, warm-ups, floors, storage and alpha."""
+    """The same plan with every number that a default computes written as a number: micro-batches, warm-ups, floors, storage, ranks and alphas."""
     stages = [
         stage.model_copy(update={"batch": resolved_batch(stage), "lr": resolved_rate(stage), "base": resolved_storage(stage)})
         for stage in plan.stages
     ]
-    adapter = plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
-    return plan.model_copy(update={"stages": stages, "adapter": adapter})
+    adapter = plan.adapter if plan.adapters else plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
+    adapters = {name: settings.model_copy(update={"alpha": settings.alpha or float(settings.rank)}) for name, settings in plan.adapters.items()}
+    for index, stage in enumerate(stages):
+        if stage.handoff.adapter != "continue" and not adapters:
+            settings = newest(placed_adapters(plan, index)).settings
+            handoff = stage.handoff.model_copy(update={"rank": settings.rank, "alpha": settings.alpha})
+            stages[index] = stage.model_copy(update={"handoff": handoff})
+    return plan.model_copy(update={"stages": stages, "adapter": adapter, "adapters": adapters})

@@ -33,13 +33,13 @@ from stages.cache import Cache
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
 from stages.digests import FileDigests, file_digest
 from stages.evaluate import Measured, evaluate
-from stages.families import FAMILY_TASKS
-from stages.families.base import Family
+from stages.families.facts import tasks_of
+from stages.families.family import Family
 from stages.families.open import fingerprint, open_family
 from stages.feed import Sizes, budget_of, main_shapes
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
-from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton, read_start
+from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton
 from stages.ledger import dropped_rows
 from stages.open_cache import open_cache
 from stages.open_sources import index_folder, open_selections
@@ -47,8 +47,10 @@ from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
 from stages.problems import PlanError, RowsError, RunError
 from stages.reader import to_yaml
-from stages.resolved import main_resolution, resolved_storage
+from stages.resolved import main_resolution, resolved_storage, windows_of
+from stages.sampler import Sampler
 from stages.sampling import Judge, accuracy, fit_judge
+from stages.start import read_start
 from stages.track import Log, Trace
 
 _VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -135,7 +137,7 @@ class Run:
         digest = file_digest if kept is None else FileDigests(Path(kept.folder) / "digests.json").digest
         family = open_family(self.plan.model, self.accelerator.device, digest)
         for name, source in self.plan.sources.items():  # of a model on the Hub this is not known before
-            if source.task not in (can := FAMILY_TASKS[family.name]):
+            if source.task not in (can := tasks_of(family.pipeline_class)):
                 raise PlanError.at(f"sources.{name}.task", f"{family.name} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model")
         if kept is not None and (kept.text or (kept.latents and family.encodes_images)):
             self.cache = open_cache(Path(kept.folder), family, kept, f"rank{self.accelerator.process_index}")
@@ -206,7 +208,7 @@ class Run:
         Kept in evaluations/, and measured anew where a source has come since.
         """
         shapes = self.shapes(stage)
-        folder, name = self.folder / "evaluations", f"base-{named(shapes)}"
+        folder, name = self.folder / "evaluations", f"base-{named(shapes)}{_way(stage)}"
         batches = probe_batches(self.selections, shapes)
         known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
         if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
@@ -221,6 +223,8 @@ class Run:
                 seed=self.plan.seed,
                 accelerator=self.accelerator,
                 unreadable=lambda row: None,  # the stage's first evaluation reads the same rows and names them
+                windows=windows_of(stage),
+                t_range=self.t_range(stage),
             )
             outputs = known | probe(self.family, transformer, batches, precision, self.plan.seed)
             untrained = self.judged(transformer, stage, precision)
@@ -248,11 +252,18 @@ class Run:
             self.selections[asked.source],
             self.judge,
             samples=asked.samples,
-            steps=self.plan.previews.steps,
-            precision=precision,
+            sampler=self.sampler(stage, precision),
             seed=self.plan.seed,
             accelerator=self.accelerator,
         )
+
+    def t_range(self, stage: Stage) -> tuple[float, float]:
+        """The noise levels that a stage's transformer is for."""
+        return (0.0, 1.0) if stage.expert is None else self.family.expert_range(stage.expert)
+
+    def sampler(self, stage: Stage, precision: StagePrecision) -> Sampler:
+        """How samples are made in a stage."""
+        return Sampler(self.plan.previews.steps, precision, self.plan.previews.guidance, windows_of(stage))
 
 
 @contextmanager
@@ -340,6 +351,12 @@ def named(shapes: Shapes) -> str:
     """What shapes are called in file names: the resolution, and a hash where the buckets are not the usual ones."""
     usual = Shapes(shapes.pixels, shapes.multiple)
     return str(shapes.pixels) if shapes == usual else f"{shapes.pixels}-{key(json.dumps(asdict(shapes))):016x}"
+
+
+def _way(stage: Stage) -> str:
+    """What the way that a stage's held-out rows are measured on is called in file names; nothing for the straight one."""
+    pyramid = "" if stage.pyramid is None else f"-{stage.pyramid.levels}-levels-{stage.pyramid.gamma:.6g}"
+    return f"{pyramid}-{stage.expert}" if stage.expert else pyramid
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import nn
 
 from mixing.batch import read_rows
 from mixing.buckets import Shapes
 from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
 from mixing.selected import Selection
-from stages.families.base import Family, Text
-from stages.objectives import flow
-from stages.precision import StagePrecision
+from stages.families.family import Family
+from stages.sampler import Sampler, sample
+from stages.shown import Shown, show
 
 _AT_ONCE = 32
-
-
-@torch.no_grad()
-def sample(family: Family, transformer: nn.Module, e: Tensor, text: Text, references: Sequence[Tensor], steps: int, precision: StagePrecision) -> Tensor:
-    """Follow the flow from noise e [B, C, h, w] to latents by Euler steps over the noise levels of the model's own sampler."""
-    sigmas = family.sigmas(steps, family.latent_tokens(e))
-    x = e
-    for now, then in pairwise(sigmas):
-        with precision.autocast():
-            v = family.predict(transformer, x, now.expand(e.shape[0]), text, references)
-        x = x + (then - now) * v
-    return x
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class Preview:
 
 @torch.no_grad()
 def previews(
-    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, steps: int, shapes: Shapes, precision: StagePrecision, seed: int, accelerator: Accelerator
+    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, shapes: Shapes, sampler: Sampler, seed: int, accelerator: Accelerator
 ) -> list[Preview]:
     """Samples for the first held-out rows of each source, their noise keyed by (seed, source, row), shared out among the processes; all of them on each."""
     made: list[tuple[int, int, Preview]] = []
@@ -62,13 +49,12 @@ def previews(
             continue
         for batch in read_rows(selection, selection.held_out[:rows].tolist(), shapes)[0]:
             targets, shown_references = batch.targets.tensor(), [reference.tensor() for reference in batch.references]
-            shape = family.encode_images(targets[:1]).shape[1:]
-            e = flow.noise(shape, [key(seed, "preview", name, row) for row in batch.keys]).to(accelerator.device)
-            references = [family.encode_images(reference) for reference in shown_references]
-            images = family.decode_latents(sample(family, transformer, e, family.encode_prompts(batch.prompts), references, steps, precision))
+            shown = show(family, batch)
+            keys = [key(seed, "preview", name, row) for row in batch.keys]
+            images = family.decode_latents(sample(family, transformer, shown.x.shape[1:], keys, shown, sampler))
             for place, image in enumerate(images):
-                shown = tuple(from_tensor(reference[place]) for reference in shown_references)
-                made.append((number, place, Preview(name, batch.prompts[place], shown, from_tensor(image.cpu()), from_tensor(targets[place]))))
+                of_row = tuple(from_tensor(reference[place]) for reference in shown_references)
+                made.append((number, place, Preview(name, batch.prompts[place], of_row, from_tensor(image.cpu()), from_tensor(targets[place]))))
     gathered: list[tuple[int, int, Preview]] = gather_object(made) if accelerator.num_processes > 1 else made
     return [preview for _, _, preview in sorted(gathered, key=lambda entry: entry[:2])]
 
@@ -193,7 +179,7 @@ def fit_judge(folder: Path, resolution: int) -> Judge:
 
 @torch.no_grad()
 def accuracy(
-    family: Family, transformer: nn.Module, selection: Selection, judge: Judge, *, samples: int, steps: int, precision: StagePrecision, seed: int, accelerator: Accelerator
+    family: Family, transformer: nn.Module, selection: Selection, judge: Judge, *, samples: int, sampler: Sampler, seed: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """Judge samples made from the held-out captions of a source.
 
@@ -213,8 +199,9 @@ def accuracy(
         if number % accelerator.num_processes != accelerator.process_index:
             continue
         prompts = asked[first : first + _AT_ONCE]
-        e = flow.noise(shape, [key(seed, "accuracy", first + place) for place in range(len(prompts))]).to(accelerator.device)
-        images = family.decode_latents(sample(family, transformer, e, family.encode_prompts(prompts), (), steps, precision)).cpu()
+        keys = [key(seed, "accuracy", first + place) for place in range(len(prompts))]
+        shown = Shown(torch.empty(len(prompts), *shape), family.encode_prompts(prompts), (), None)
+        images = family.decode_latents(sample(family, transformer, shape, keys, shown, sampler)).cpu()
         correct += enumerate(judge.predict([from_tensor(image) for image in images]), first)
     gathered: list[tuple[int, str]] = sorted(gather_object(correct)) if accelerator.num_processes > 1 else correct
     wanted = [judge.label_of(caption) for caption in asked]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mixing.content import KEY_BYTES
 
-DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "BOOL": torch.bool}
 """The dtypes that are kept, by the names that safetensors has for them."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

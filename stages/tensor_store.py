@@ -96,7 +96,7 @@ class TensorStore:
     def put(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
         """Keep copies of tensors under a key, unless it is there already. They are on disk once a shard is full or they have waited, or after `flush`.
 
-        Raises ValueError for a dtype other than float32, bfloat16 and float16, for no tensors, and for a name with other than letters, digits and `_.-`.
+        Raises ValueError for a dtype that is not in `DTYPES`, for no tensors, and for a name with other than letters, digits and `_.-`.
         """
         _checked(key)
         if not tensors or (strange := [name for name in tensors if not re.fullmatch(r"[\w.-]+", name, re.ASCII)]):

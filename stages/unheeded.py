@@ -7,12 +7,18 @@ from collections.abc import Iterator, Mapping
 from mixing.columns import TASKS
 from stages.plan import LearningRate, MixRamp, Plan, Source, Stage
 from stages.problems import Location
+from stages.resolved import resolved_storage
 
 
 def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
     """The location of every field that has no effect in this plan, with the reason and the cure."""
     if all(stage.train == "full" for stage in plan.stages):
-        yield ("adapter",), "every stage has train: full, so there is no adapter; remove it, or train it in a stage"
+        for field in ("adapter", "adapters"):
+            yield (field,), "every stage has train: full, so there is no adapter; remove it, or train it in a stage"
+    elif plan.adapters:
+        yield ("adapter",), "the plan gives `adapters` by name, and one adapter is given here; remove one of the two"
+    else:
+        yield ("adapters",), "no adapter is named; remove it, or name one"
     for name, source in plan.sources.items():
         if source.take is not None and source.take.by == "first":
             yield ("sources", name, "take", "seed"), "by: first takes rows in file order, without a seed; remove it"
@@ -28,7 +34,7 @@ def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
             if not roles.regions and role in source.columns:
                 yield ("sources", name, "columns", role), f"task {source.task} uses no regions; remove it, or name task entity"
     for index, stage in enumerate(plan.stages):
-        for location, reason in _of_stage(stage, is_first=index == 0 and plan.start is None):
+        for location, reason in _of_stage(stage, is_first=index == 0 and plan.start is None, several=bool(plan.adapters)):
             yield ("stages", index, *location), reason
     if plan.evaluate.rows == 0:
         yield ("evaluate", "every"), "with evaluate.rows: 0 nothing is held out to measure; remove it, or hold rows out"
@@ -60,16 +66,51 @@ def _mixes(plan: Plan) -> Iterator[object]:
         yield from (stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,)
 
 
-def _of_stage(stage: Stage, *, is_first: bool) -> Iterator[tuple[Location, str]]:
+def _of_stage(stage: Stage, *, is_first: bool, several: bool) -> Iterator[tuple[Location, str]]:
     if is_first:
         yield ("handoff",), "nothing comes before the first stage; remove it, or begin from another run with `start`"
-    elif stage.ema is None:
-        yield ("handoff", "ema"), "this stage keeps no average; give it `ema` (0.999, say), or remove this"
-    if stage.timesteps.density == "uniform":
-        yield ("timesteps", "mean"), "density: uniform has no mean; remove it"
-        yield ("timesteps", "std"), "density: uniform has no std; remove it"
+    else:
+        if stage.ema is None:
+            yield ("handoff", "ema"), "this stage keeps no average; give it `ema` (0.999, say), or remove this"
+        if stage.train == "full":
+            yield ("handoff", "adapter"), "a stage with train: full has no adapter; remove it"
+        yield from _of_way(stage, several=several)
+    if (density := stage.timesteps.density) in ("uniform", "mode"):
+        yield ("timesteps", "mean"), f"density: {density} has no mean; remove it"
+        yield ("timesteps", "std"), f"density: {density} has no std; remove it"
+    if density != "mode":
+        yield ("timesteps", "scale"), "only density: mode has a scale; remove it"
+    if stage.pyramid is not None:
+        yield ("timesteps",), "the levels of `pyramid` say which noise levels are trained; remove it, or `pyramid`"
+        yield ("loss", "weighting"), "`pyramid` weighs its levels itself (pyramid.loss); remove it"
+        yield ("loss", "changed"), "`pyramid` trains most images at a coarser level, where places are not those of the edit; remove it, or `pyramid`"
+        if stage.pyramid.levels == 1:
+            yield ("pyramid", "gamma"), "with levels: 1 there is no jump between levels; remove it"
+    if stage.loss.weighting != "min_snr":
+        yield ("loss", "gamma"), "only weighting: min_snr has a gamma; remove it"
+    if stage.dropout.mode == "joint":
+        yield ("dropout", "references"), "with mode: joint the references go with the prompt; remove it, or choose nested or independent"
+    if stage.dropout.mode == "nested" and stage.dropout.prompt == 0:
+        yield ("dropout", "references"), "with mode: nested the references go only where the prompt went, and no prompt goes; give dropout.prompt"
+    if stage.dropout.prompt == 0 and stage.dropout.references == 0:
+        yield ("dropout", "mode"), "nothing is left out; give dropout.prompt, or remove it"
     if isinstance(stage.lr, LearningRate):
         if stage.lr.schedule == "constant":
             yield ("lr", "floor"), "schedule: constant ends at its peak; remove it, or choose linear or cosine"
         if stage.lr.warmup == 0:
             yield ("lr", "warmup_from"), "with warmup: 0 there is no warm-up to begin from; remove it"
+
+
+def _of_way(stage: Stage, *, several: bool) -> Iterator[tuple[Location, str]]:
+    """What the way in which the adapter is handed on leaves unheeded. several: whether the plan has adapters by name."""
+    way = stage.handoff.adapter
+    if way == "continue" or stage.train == "full":
+        for field in ("rank", "alpha"):
+            yield ("handoff", field), f"adapter: continue leaves the {field} as it is; remove it, or choose grow, shrink, stack or merge"
+    elif several:
+        for field in ("rank", "alpha"):
+            yield ("handoff", field), f"each of `adapters` has its own {field}; remove it"
+    if way != "merge":
+        yield ("handoff", "lossy"), "only adapter: merge can lose what was learnt to the base's rounding; remove it"
+    elif resolved_storage(stage) == "fp32":
+        yield ("handoff", "lossy"), "over a base in fp32 a merge loses nothing; remove it"

@@ -22,10 +22,10 @@ from mixing.permutation import permute
 from mixing.reading import Latents, Seen, View, read_row, to_float
 from mixing.selected import Selection
 from mixing.tasks import without_placeholders
-from stages.cache import Verified, verify
+from stages.cache import Verified, text_tensors, verify
 from stages.digests import FileDigests
 from stages.encode import KeptLatents
-from stages.families.base import Family
+from stages.families.family import Family
 from stages.families.open import open_family
 from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
@@ -51,6 +51,10 @@ class _Everything:
     def key(self, content: bytes, transform: str) -> bytes:
         return self.kept.key(content, transform)
 
+    @property
+    def of_references(self) -> bool:
+        return self.kept.of_references
+
     def get(self, key: bytes) -> NDArray[np.float32]:
         return np.empty(0, dtype=np.float32)
 
@@ -74,7 +78,7 @@ def verify_cache(plan: Plan, console: Console) -> bool:
     sound = True
     found: dict[str, Verified] = {}
     if has_latents:
-        found["latents"] = verify(cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache))), fraction=1.0, tolerance=tolerance)
+        found["latents"] = verify(cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache, not family.prompts_see_references))), fraction=1.0, tolerance=tolerance)
     if plan.cache.text:
         found["text"] = verify(cache.texts, _texts(plan, family, selections), fraction=1.0, tolerance=tolerance)
     for kind, result in found.items():
@@ -97,7 +101,7 @@ def kept(plan: Plan, selections: Mapping[str, Selection]) -> Iterator[str]:
     except (OSError, ValueError):  # its configs are on the Hub, which cannot be reached
         return
     cache = open_cache(folder, family, plan.cache, "explain")
-    asked = {"latents": (cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache)))), "embeddings of prompts": (cache.texts, _texts(plan, family, selections))}
+    asked = {"latents": (cache.latents, _latents(plan, family, selections, _Everything(KeptLatents(cache, not family.prompts_see_references)))), "embeddings of prompts": (cache.texts, _texts(plan, family, selections))}
     wanted = {"latents": plan.cache.latents and family.encodes_images, "embeddings of prompts": plan.cache.text}
     for what, (store, entries) in asked.items():
         if wanted[what]:
@@ -132,8 +136,8 @@ def _latents(plan: Plan, family: Family, selections: Mapping[str, Selection], ev
                     except UnreadableRow:
                         continue  # the run names it
                     for place, each in enumerate(seen):
-                        assert each.key is not None
-                        yield each.key, partial(_encoded, family, read, place)
+                        if each.key is not None:
+                            yield each.key, partial(_encoded, family, read, place)
 
 
 def _read(selection: Selection, row: int, row_key: str, row_class: RowClass, signature: Signature, view: View, latents: Latents | None) -> list[Seen]:
@@ -151,14 +155,15 @@ def _texts(plan: Plan, family: Family, selections: Mapping[str, Selection]) -> I
     for selection in selections.values():
         for row in _rows(plan, selection):
             try:
-                prompts = selection.cells(row).prompts
+                cells = selection.cells(row)
             except UnreadableRow:
                 continue
-            for prompt in prompts:
-                text = without_placeholders(plain([prompt], selection.captions))
+            said = [plain([prompt], selection.captions) for prompt in cells.prompts]
+            for prompt in [*(without_placeholders(each) for each in said), *(region.prompt for region in cells.regions)]:
+                text = prompt or family.architecture.empty_prompt
                 yield text_key(text, family.text_identity), partial(_text, family, text)
 
 
 def _text(family: Family, prompt: str) -> dict[str, Tensor]:
     text = family.encode_prompts([prompt])
-    return {"embeds": text.embeds[0], "pooled": text.pooled[0]}
+    return {name: part[0] for name, part in text_tensors(text).items()}

@@ -110,7 +110,7 @@ def run(folder: Path, rows: Mapping[str, tuple[bytes, str]], *, latents: str = "
     for content, caption in rows.values():
         got = cache.encode_image(cache.latents_key(content_hash(content), transform), picture(content), encoder.image)
         assert torch.equal(got, Encoder().image(picture(content)[None])[0])
-        fresh, found = Encoder().text([caption]), texts.encode([caption], encoder.text)
+        fresh, found = Encoder().text([caption]), texts.encode([caption], lambda place: encoder.text([caption]))
         assert torch.equal(found.embeds, fresh.embeds)
         assert torch.equal(found.pooled, fresh.pooled)
     cache.close()
@@ -174,22 +174,20 @@ def test_latents_and_text_keep_to_one_limit(tmp_path: Path) -> None:
 def test_prompts_are_encoded_one_at_a_time_and_each_once() -> None:
     texts, asked = TextCache(), list[list[str]]()
 
-    def encode(prompts: object) -> Text:
-        assert isinstance(prompts, list)
-        asked.append(prompts)
-        return Encoder().text(prompts)
+    def encode(prompts: list[str]) -> Text:
+        return texts.encode(prompts, lambda place: asked.append([prompts[place]]) or Encoder().text([prompts[place]]))
 
-    text = texts.encode(["a", "bb", "a", "ccc"], encode)
+    text = encode(["a", "bb", "a", "ccc"])
     assert asked == [["a"], ["bb"], ["ccc"]]
     assert text.embeds[:, 0, 0].tolist() == [1, 2, 1, 3]
-    texts.encode(["ccc", "a"], encode)
+    encode(["ccc", "a"])
     assert len(asked) == 3
 
 
 def test_texts_at_hand_keep_to_their_limit_the_least_recently_used_leaving_first() -> None:
     texts, encoder = TextCache(limit=2 * 12), Encoder()
     for prompt in ("a", "b", "a", "c", "a", "b"):  # each takes 12 bytes; c pushes b out
-        texts.encode([prompt], encoder.text)
+        texts.encode([prompt], lambda place: encoder.text([prompt]))
     assert encoder.prompts == ["a", "b", "c", "b"]
 
 

@@ -42,7 +42,7 @@ from runs import adapter_bytes, carry_out, events, launch, make_data, plan_of, w
 from stages.adapter import add_adapter
 from stages.cache import Cache
 from stages.encode import KeptLatents, encode
-from stages.families.base import Family
+from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.plan import Adapter
 from stages.tensor_store import TensorStore
@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for path in sorted(photos.glob("*.png")):
         Image.open(path).save(path.with_suffix(".bmp"))  # its length follows from height and width alone
         path.unlink()
-    family = Flux(str(tiny_flux(folder / "model", pixels=False)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(folder / "model", pixels=False)), None, None, CPU)
     add_adapter(family.load_transformer(torch.float32, None), Adapter(), family.target_patterns, 0)
     gc.collect()
     gc.freeze()

@@ -27,6 +27,7 @@ from models import tiny_flux
 from runs import make_data
 from stages.evaluate import STRATA, Measured, evaluate
 from stages.families.base import Text
+from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.objectives.flow import Density, blend, noise
 from stages.precision import StagePrecision
@@ -35,15 +36,15 @@ CPU = torch.device("cpu")
 FP32 = StagePrecision("fp32", CPU)
 
 
-class Watched(Flux):
+class Watched(Family):
     """Flux in pixel space that notes what it is asked, and whose prediction can be replaced."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), None, None, CPU)
+        super().__init__(Flux(), str(folder), None, None, CPU)
         self.asked: list[tuple[Tensor, Tensor]] = []
         self.wrong: Tensor | None = None
 
-    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
+    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = (), **rest: object) -> Tensor:
         self.asked.append((noised, t))
         if self.wrong is not None:
             return self.wrong.expand_as(noised)
@@ -78,7 +79,7 @@ def process(index: int = 0, of: int = 1) -> Any:
 
 
 def measure(
-    family: Flux, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None
+    family: Family, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None
 ) -> Measured:
     transformer, unreadable = family.load_transformer(torch.float32, None), [] if bad is None else bad
     return evaluate(family, transformer, selections, shapes=Shapes(8, 2), precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append)

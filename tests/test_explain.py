@@ -17,6 +17,7 @@ from mixing.source import Source
 from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable
 from stages.explain import ModelFacts, explain
+from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.feed import Sizes
 from stages.model_facts import model_facts
@@ -163,7 +164,7 @@ def test_facts_of_a_model_are_those_of_the_model_that_is_loaded(tmp_path: Path, 
     plan = PLAN.model_copy(update={"model": str(folder), "stages": stages})
     facts = model_facts(plan)
     assert facts is not None
-    family = Flux(str(folder), None, None, torch.device("cpu"))
+    family = Family(Flux(), str(folder), None, None, torch.device("cpu"))
     base = family.load_transformer(torch.float32, None)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     add_adapter(base, plan.adapter, family.target_patterns, 0)

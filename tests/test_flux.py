@@ -14,6 +14,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from models import tiny_flux
 from stages.cache import Cache
+from stages.families.base import Text
+from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.families.open import ModelError, fingerprint, open_family
 
@@ -38,11 +40,11 @@ def first_step(pipe: FluxPipeline | FluxKontextPipeline, inputs: dict[str, objec
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24)])
 @pytest.mark.parametrize("pixels", [True, False])
 def test_one_step_equals_the_pipelines_own_step(tmp_path: Path, pixels: bool, height: int, width: int, batch: int) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=pixels, guidance=not pixels)), None, 2.5 if not pixels else None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=pixels, guidance=not pixels)), None, 2.5 if not pixels else None, CPU)
     transformer = family.load_transformer(torch.float32, None)
     factor = family.factor
     x = torch.randn(batch, 3 if pixels else 4, height // factor, width // factor, generator=torch.Generator().manual_seed(1))
-    pipe = FluxPipeline(**{**family.pipeline.components, "transformer": transformer})
+    pipe = family.stock_pipeline(transformer)
     times = pipe.vae_scale_factor // factor  # without a VAE the pipeline takes pixels to be 8 to a latent
     packed = FluxPipeline._pack_latents(x, batch, x.shape[1], x.shape[2], x.shape[3])
     after, sigmas = first_step(pipe, {"prompt": PROMPTS[:batch], "height": height * times, "width": width * times, "guidance_scale": 2.5}, packed)
@@ -56,7 +58,7 @@ def test_one_step_equals_the_pipelines_own_step(tmp_path: Path, pixels: bool, he
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_step_with_a_reference_equals_the_kontext_pipelines_own_step(tmp_path: Path, batch: int) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=False, guidance=True, pipeline="FluxKontextPipeline")), None, 3.5, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=False, guidance=True, pipeline="FluxKontextPipeline")), None, 3.5, CPU)
     transformer = family.load_transformer(torch.float32, None)
     pipe = family.stock_pipeline(transformer)
     assert isinstance(pipe, FluxKontextPipeline)
@@ -74,7 +76,7 @@ def test_one_step_with_a_reference_equals_the_kontext_pipelines_own_step(tmp_pat
 
 
 def test_references_change_the_prediction_and_their_order_counts(tmp_path: Path) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
     transformer = family.load_transformer(torch.float32, None)
     x, one, other = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     text, t = family.encode_prompts(PROMPTS[:2]), torch.full((2,), 0.5)
@@ -85,19 +87,19 @@ def test_references_change_the_prediction_and_their_order_counts(tmp_path: Path)
 
 
 def test_latents_and_images_are_each_others_inverse_up_to_the_vae(tmp_path: Path) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     latents = family.encode_images(images)
     assert latents.shape == (2, 4, 8, 8)
     assert family.vae is not None
     raw = latents / 0.4 + 0.1
     assert torch.allclose(family.decode_latents(latents), family.vae.decode(raw).sample.clamp(-1, 1), atol=1e-6)
-    pixels = Flux(str(tiny_flux(tmp_path / "p", pixels=True)), None, None, CPU)
+    pixels = Family(Flux(), str(tiny_flux(tmp_path / "p", pixels=True)), None, None, CPU)
     assert torch.equal(pixels.decode_latents(pixels.encode_images(images)), images)
 
 
 def test_timesteps_are_rounded_as_the_transformer_rounds_them(tmp_path: Path) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
     t = torch.linspace(0, 1, 1001)
     seen = family.seen_timestep(t, torch.bfloat16)
     assert len(seen.unique()) < 600  # a thousand timesteps collapse in bf16
@@ -106,17 +108,19 @@ def test_timesteps_are_rounded_as_the_transformer_rounds_them(tmp_path: Path) ->
 
 
 def test_shift_is_the_schedulers_own(tmp_path: Path) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
-    config = family.pipeline.scheduler.config
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
+    config = family.model.scheduler.config
     mu = calculate_shift(16, 4, 64, config.base_shift, config.max_shift)
     assert family.shift(16) == pytest.approx(float(torch.tensor(mu).exp()))
-    fixed = Flux(str(tiny_flux(tmp_path / "p", pixels=True)), None, None, CPU)
+    fixed = Family(Flux(), str(tiny_flux(tmp_path / "p", pixels=True)), None, None, CPU)
     assert fixed.shift(16) == 1.0
 
 
 def test_encoded_prompts_come_from_memory_unchanged(tmp_path: Path) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
-    fresh = family._encode(PROMPTS)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    embeds, pooled, _ = family.prompter.encode_prompt(PROMPTS, prompt_2=None, device=CPU, max_sequence_length=8)
+    fresh = Text(embeds, pooled)
+    assert fresh.pooled is not None
     for _ in range(2):
         text = family.encode_prompts([*PROMPTS, PROMPTS[0]])
         assert torch.allclose(text.embeds[:3], fresh.embeds, atol=1e-6)
@@ -139,7 +143,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def open_cache(folder: Path, family: Flux) -> Cache:
+def open_cache(folder: Path, family: Family) -> Cache:
     cache = Cache(folder, latents_identity=family.latents_identity, text_identity=family.text_identity, limit_bytes=None, writer="rank0")
     family.texts.stored = cache
     return cache
@@ -151,7 +155,7 @@ def test_with_everything_cached_no_encoder_is_loaded_and_the_bits_are_the_same(t
     velocities = []
     for cached in (False, True):
         loaded.clear()
-        family = Flux(str(folder), None, 2.5, CPU)
+        family = Family(Flux(), str(folder), None, 2.5, CPU)
         transformer = family.load_transformer(torch.float32, None)
         family.shift(16), family.sigmas(4, 16), family.tokens(16, 16)
         cache = open_cache(tmp_path / "cache", family)
@@ -167,7 +171,7 @@ def test_with_everything_cached_no_encoder_is_loaded_and_the_bits_are_the_same(t
 
 
 def test_each_encoder_is_loaded_once_when_it_is_needed_and_again_after_release(tmp_path: Path, loaded: list[str]) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=False)), None, None, CPU)
     image = torch.rand(1, 3, 16, 16) * 2 - 1
     latents = family.encode_images(image)
     family.decode_latents(latents)
@@ -185,7 +189,7 @@ def test_each_encoder_is_loaded_once_when_it_is_needed_and_again_after_release(t
 
 def test_an_image_and_a_prompt_have_the_same_bits_alone_and_in_a_batch(tmp_path: Path) -> None:
     folder = str(tiny_flux(tmp_path / "m", pixels=False))
-    family, other = Flux(folder, None, None, CPU), Flux(folder, None, None, CPU)
+    family, other = Family(Flux(), folder, None, None, CPU), Family(Flux(), folder, None, None, CPU)
     images = torch.rand(5, 3, 24, 16) * 2 - 1
     assert torch.equal(family.encode_images(images), torch.cat([family.encode_images(image[None]) for image in images]))
     together, alone = family.encode_prompts(PROMPTS), [other.encode_prompts([prompt]) for prompt in PROMPTS]
@@ -194,9 +198,9 @@ def test_an_image_and_a_prompt_have_the_same_bits_alone_and_in_a_batch(tmp_path:
 
 
 def test_a_model_on_pixels_has_no_latents_to_keep(tmp_path: Path, loaded: list[str]) -> None:
-    family = Flux(str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
     assert (family.encodes_images, family.factor, family.vae, loaded) == (False, 1, None, [])
-    latent = Flux(str(tiny_flux(tmp_path / "l", pixels=False)), None, None, CPU)
+    latent = Family(Flux(), str(tiny_flux(tmp_path / "l", pixels=False)), None, None, CPU)
     assert (latent.encodes_images, latent.factor, latent.text_tokens) == (True, 2, 8)
     assert latent.latents_identity != family.latents_identity
 
@@ -205,7 +209,7 @@ def test_identities_follow_the_encoders_own_files_and_no_others(tmp_path: Path) 
     folder = tiny_flux(tmp_path / "m", pixels=False)
 
     def identities() -> tuple[str, str]:
-        family = Flux(str(folder), None, None, CPU)
+        family = Family(Flux(), str(folder), None, None, CPU)
         return family.latents_identity, family.text_identity
 
     latents, text = identities()
@@ -238,7 +242,7 @@ def test_a_model_on_the_hub_is_told_apart_by_its_commit(tmp_path: Path, monkeypa
     tiny_flux(place / "snapshots" / commit, pixels=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    family = Flux("user/tiny", None, None, CPU)
+    family = Family(Flux(), "user/tiny", None, None, CPU)
     assert family.revision == commit
     assert f"user/tiny@{commit} " in family.latents_identity
     assert f"user/tiny@{commit} " in family.text_identity

@@ -430,7 +430,7 @@ def test_as_dataset_is_the_same_order_and_maps() -> None:
 def test_as_dataset_has_the_columns_that_it_promises() -> None:
     mixture = mixture_of(three_sources())
     row = next(iter(mixture.as_dataset(1)))
-    promised = ["step", "micro", "source", "key", "prompt", "target", "references"]
+    promised = ["step", "micro", "source", "key", "prompt", "target", "references", "entity_prompts", "entity_masks"]
     assert all(name in (mixture.as_dataset.__doc__ or "") for name in promised)
     assert sorted(row) == sorted(promised)
 

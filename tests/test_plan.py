@@ -23,11 +23,11 @@ from mixing import folder as mixing_folder
 from mixing import images as mixing_images
 from mixing import tasks as mixing_tasks
 from mixing.bad_rows import SourceError
-from stages import check_model, check_sources, columns, plan_docs
+from stages import check_sources, columns, plan_docs
 from stages import plan as plan_types
 from stages.check import check_plan, plan_notes
 from stages.document import resolve
-from stages.families import FAMILIES
+from stages.families.facts import PIPELINES
 from stages.plan import LearningRate, Plan, Power, Stage
 from stages.problems import Problem, quoted
 from stages.reader import PlanError, read_plan, resolved, to_yaml
@@ -60,8 +60,8 @@ stages:
 
 NAME = "a name: letters, digits, '_', '.' and '-', at most 64, the first a letter or a digit"
 COUNT = "a whole number from 1 to 1,000,000,000"
-STAGE_FIELDS = "name, steps, lr, batch, resolution, buckets, mix, precision, base, train, optimizer, clip, ema, timesteps, handoff"
-PLAN_FIELDS = "name, seed, model, adapter, sources, stages, start, evaluate, previews, cache, save_every, keep, log_every, workers, track"
+STAGE_FIELDS = ", ".join(Stage.model_fields)
+PLAN_FIELDS = ", ".join(Plan.model_fields)
 INDENTATION = "the indentation fits nothing above; fields, and items, that belong together begin in one column"
 
 
@@ -77,7 +77,7 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "models/pixels/tokenizer_2/tokenizer_config.json": json.dumps({"model_max_length": 512}),
         "models/pixels/model_index.json": json.dumps({"_class_name": "FluxKontextPipeline", "vae": [None, None]}),
         "models/pixels/transformer/config.json": json.dumps({"guidance_embeds": True}),
-        "models/sana/model_index.json": json.dumps({"_class_name": "SanaPipeline"}),
+        "models/kolors/model_index.json": json.dumps({"_class_name": "KolorsPipeline"}),
         "models/torn/model_index.json": "{",
         "data/photos/1.png": "",
         "data/photos/1.txt": "a red square",
@@ -219,7 +219,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     # Model
     "missing model": ("model: models/tiny", "model: models/tin", ["1:8: model: 'models/tin' does not exist; did you mean 'tiny'?"]),
     "no model": ("model: models/tiny", "model: ./data", ["1:8: model: './data' has no model_index.json, so it is no folder in the diffusers layout"]),
-    "unknown family": ("model: models/tiny", "model: models/sana", ["1:8: model: 'models/sana' is a SanaPipeline; what can be trained is FluxKontextPipeline, FluxPipeline"]),
+    "unknown family": ("model: models/tiny", "model: models/kolors", [f"1:8: model: 'models/kolors' is a KolorsPipeline; what can be trained is {', '.join(sorted(PIPELINES))}"]),
     "torn model": ("model: models/tiny", "model: models/torn", ["1:8: model: 'models/torn' has a model_index.json that is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"]),
     "resolution that does not fit": ("resolution: 512\n    batch: 4", "resolution: 520\n    batch: 4", ["9:17: stages[0].resolution: 520 is not a multiple of 16, as FluxPipeline needs; try 512 or 528"]),
     "guidance for a model without": ("model: models/tiny", "model: {repo: models/tiny, guidance: 1}", ["1:28: model.guidance: this model's transformer takes no guidance (guidance_embeds is false); remove it"]),
@@ -262,11 +262,98 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "limit without a unit": ("model: models/tiny", "model: models/tiny\ncache: {limit: 200}", ["2:16: cache.limit: 200 is not a size such as 200GB (MB, GB, TB, MiB, GiB, TiB); put it in quotes: \"200\""]),
     "limit in no unit": ("model: models/tiny", "model: models/tiny\ncache: {limit: 200 GO}", ["2:16: cache.limit: '200 GO' is not a size such as 200GB (MB, GB, TB, MiB, GiB, TiB)"]),
     "cache misspelt": ("model: models/tiny", "model: models/tiny\ncache: nono", ["2:8: cache: 'nono' is not a mapping (folder, limit, latents, text), nor 'none'; did you mean 'none'?"]),
-    "entity for a family without": ("task: edit", "task: entity", [
+    "entity without entities": ("task: edit", "task: entity", [
         "4:16: sources.edit.path: task entity needs a list of entity prompts, and no column is called eligen_entity_prompts (columns: image, source, instruction); say which it is, columns: {entity_prompts: NAME}",
-        "4:40: sources.edit.task: flux cannot train task 'entity' (it can: text_to_image, subject, control, edit, other); remove source 'edit' or choose another model",
     ]),
 }
+
+
+ADAPTERS = "model: models/tiny\nadapters: {cond: {rank: 4}, core: {}}"
+
+# Each case is what stands in the place of the model's line, the handoff and further fields of the second stage, and every line that must be said.
+BROKEN_ADAPTERS: dict[str, tuple[str, str, list[str]]] = {
+    "adapter and adapters": (f"{ADAPTERS}\nadapter: {{rank: 2}}", "", ["3:1: adapter: the plan gives `adapters` by name, and one adapter is given here; remove one of the two"]),
+    "no adapters": ("model: models/tiny\nadapters: {}", "", ["2:1: adapters: no adapter is named; remove it, or name one"]),
+    "adapter called as a word": ("model: models/tiny\nadapters: {full: {}, core: {}}", "", ["2:12: adapters.full: 'full' is a word of Medley's own; give the adapter another name"]),
+    "adapter with a dot": ("model: models/tiny\nadapters: {v1.0: {}, core: {}}", "", ["2:12: adapters.v1.0: a name that weights are told apart by has no '.' and no 'lora_' in it; write v10"]),
+    "DoRA beside another": ("model: models/tiny\nadapters: {cond: {variant: dora}, core: {}}", "", [
+        "2:28: adapters.cond.variant: several adapters are published as one, and DoRA cannot be joined with others; choose lora or rslora, or give the plan one adapter",
+    ]),
+    "unknown variant": ("model: models/tiny\nadapter: {variant: dorra}", "", ["2:20: adapter.variant: 'dorra' is not one of lora, dora, rslora; did you mean 'dora'?"]),
+    "dropout of everything": ("model: models/tiny\nadapter: {dropout: 1}", "", ["2:20: adapter.dropout: 1 is not a number of at least 0, and below 1"]),
+    "target that is no expression": ("model: models/tiny\nadapters: {cond: {targets: ['(']}}", "", ["2:29: adapters.cond.targets[0]: '(' is not a regular expression: missing ), unterminated subpattern at position 0"]),
+    "pattern of an unknown adapter": (ADAPTERS, "train: ['cnod:.*']", ["19:13: stages[1].train[0]: no adapter 'cnod' stands before the colon (adapters: cond, core); did you mean 'cond'?"]),
+    "unknown adapter": (ADAPTERS, "train: [cond, coer]", ["19:19: stages[1].train[1]: no adapter 'coer' (adapters: cond, core); did you mean 'core'?"]),
+    "pattern of a nameless adapter": ("model: models/tiny", "train: ['cond:.*']", ["18:13: stages[1].train[0]: no adapter 'cond' stands before the colon (the plan has one, which has no name)"]),
+    "adapter without its pattern": (ADAPTERS, "train: ['core:']", ["19:13: stages[1].train[0]: no pattern stands behind the colon; write core for the whole adapter"]),
+    "no expression behind an adapter": (ADAPTERS, "train: ['core:(']", ["19:13: stages[1].train[0]: '(' is not a regular expression: missing ), unterminated subpattern at position 0"]),
+    "unknown way": ("model: models/tiny", "handoff: {adapter: grwo}", ["18:24: stages[1].handoff.adapter: 'grwo' is not one of continue, grow, shrink, stack, merge; did you mean 'grow'?"]),
+    "rank of a continued adapter": ("model: models/tiny", "handoff: {rank: 8}", ["18:15: stages[1].handoff.rank: adapter: continue leaves the rank as it is; remove it, or choose grow, shrink, stack or merge"]),
+    "alpha of a continued adapter": ("model: models/tiny", "handoff: {alpha: 8}", ["18:15: stages[1].handoff.alpha: adapter: continue leaves the alpha as it is; remove it, or choose grow, shrink, stack or merge"]),
+    "grow to a smaller rank": ("model: models/tiny", "handoff: {adapter: grow, rank: 8}", ["18:36: stages[1].handoff.rank: 'grow' to rank 8, and the adapter has rank 16; give a larger rank, or choose shrink"]),
+    "grow to the same rank": ("model: models/tiny", "handoff: {adapter: grow, rank: 16}", ["18:36: stages[1].handoff.rank: 'grow' to rank 16, and the adapter has rank 16; give a larger rank"]),
+    "shrink to a larger rank": ("model: models/tiny", "handoff: {adapter: shrink, rank: 32}", ["18:38: stages[1].handoff.rank: 'shrink' to rank 32, and the adapter has rank 16; give a smaller rank, or choose grow"]),
+    "shrink to the same rank": ("model: models/tiny", "handoff: {adapter: shrink, rank: 16}", ["18:38: stages[1].handoff.rank: 'shrink' to rank 16, and the adapter has rank 16; give a smaller rank"]),
+    "shrink of a DoRA": ("model: models/tiny\nadapter: {variant: dora}", "handoff: {adapter: shrink}", ["19:24: stages[1].handoff.adapter: 'shrink' of a DoRA: the lengths of its rows are no product; choose continue, grow or merge"]),
+    "stack on a DoRA": ("model: models/tiny\nadapter: {variant: dora}", "handoff: {adapter: stack}", [
+        "19:24: stages[1].handoff.adapter: 'stack' of a DoRA: DoRA cannot be joined with others, and they are published as one; choose continue, grow or merge",
+    ]),
+    "merge into bf16": ("model: models/tiny", "handoff: {adapter: merge}", [
+        "18:24: stages[1].handoff.adapter: 'merge' into a base stored in bf16 rounds away a quarter to two thirds of what was learnt; give the stage base: fp32, choose stack, or say lossy: true",
+    ]),
+    "lossy without a merge": ("model: models/tiny", "handoff: {adapter: stack, lossy: true}", ["18:31: stages[1].handoff.lossy: only adapter: merge can lose what was learnt to the base's rounding; remove it"]),
+    "lossy merge without loss": ("model: models/tiny", "base: fp32\n    handoff: {adapter: merge, lossy: true}", ["19:31: stages[1].handoff.lossy: over a base in fp32 a merge loses nothing; remove it"]),
+    "optimizer kept over new pairs": ("model: models/tiny", "handoff: {adapter: stack, optimizer: keep}", [
+        "18:42: stages[1].handoff.optimizer: 'keep', and with adapter: stack every pair is another than before, so nothing could be kept; choose reset",
+    ]),
+    "average kept over new pairs": ("model: models/tiny", "base: fp32\n    ema: 0.9\n    handoff: {adapter: merge, ema: keep}", [
+        "20:36: stages[1].handoff.ema: 'keep', and with adapter: merge every pair is another than before, so nothing could be kept; choose reset",
+        "20:36: stages[1].handoff.ema: 'keep', but stage 'expose' has no `ema`; give it one, or choose reset",
+    ]),
+    "shrink of several": (ADAPTERS, "handoff: {adapter: shrink}", ["19:24: stages[1].handoff.adapter: 'shrink' is for a plan with one `adapter`, and this one names its `adapters`; give the plan one `adapter`"]),
+    "stack on several": (ADAPTERS, "handoff: {adapter: stack}", [
+        "19:24: stages[1].handoff.adapter: 'stack' is for a plan with one `adapter`, and this one names its `adapters`; those stand beside each other already: say in `train` which of them train here",
+    ]),
+    "rank of several": (ADAPTERS, "base: fp32\n    handoff: {adapter: merge, rank: 3}", ["20:31: stages[1].handoff.rank: each of `adapters` has its own rank; remove it"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_broken_adapters_are_told_place_and_cure(name: str) -> None:
+    model, fields, said = BROKEN_ADAPTERS[name]
+    text = GOOD.replace("model: models/tiny", model, 1).replace("precision: bf16", f"precision: bf16\n    {fields}")
+    assert problems_of(text) == [f"plans/x.yaml:{line}" for line in said]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("model: models/tiny", "handoff: {adapter: grow}"),
+        ("model: models/tiny", "handoff: {adapter: shrink, rank: 15}"),
+        ("model: models/tiny", "handoff: {adapter: stack, alpha: 3}"),
+        ("model: models/tiny", "handoff: {adapter: merge, lossy: true}"),
+        ("model: models/tiny", "base: fp32\n    handoff: {adapter: merge, rank: 4}"),
+        ("model: models/tiny\nadapter: {variant: dora, dropout: 0.1}", "handoff: {adapter: grow, optimizer: keep}"),
+        (ADAPTERS, "train: [cond, 'core:transformer_blocks.*', '(?:single_)?transformer_blocks.*']"),
+        (ADAPTERS, "base: fp32\n    handoff: {adapter: merge}"),
+    ],
+)
+def test_plans_with_adapters_of_every_kind_are_sound_and_written_out_mean_the_same(model: str, fields: str) -> None:
+    text = GOOD.replace("model: models/tiny", model, 1).replace("precision: bf16", f"precision: bf16\n    {fields}")
+    assert problems_of(text) == []
+    plan = resolved_plan(read_plan(PLAN).plan)
+    assert problems_of(to_yaml(plan)) == []
+    assert read_plan(PLAN).plan == plan
+
+
+def test_an_adapter_is_not_handed_on_in_another_form_after_full_weights_nor_after_a_shrink_beyond_a_stack() -> None:
+    text = GOOD.replace("batch: 4", "batch: 4\n    train: full").replace("precision: bf16", "handoff: {adapter: stack}")
+    assert problems_of(text) == ["plans/x.yaml:18:24: stages[1].handoff.adapter: 'stack', and no stage before this one trains an adapter; remove it"]
+    third = "  - {name: third, steps: 1, resolution: 512, batch: 4, lr: 1e-4, handoff: {adapter: shrink, rank: RANK}}\n"
+    text = GOOD.replace("precision: bf16", "handoff: {adapter: stack}") + third
+    assert problems_of(text.replace("RANK", "32")) == []
+    said = "'shrink' to rank 33, and the adapters have rank 32 together; give a smaller rank"
+    assert problems_of(text.replace("RANK", "33")) == [f"plans/x.yaml:19:99: stages[2].handoff.rank: {said}"]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -282,10 +369,11 @@ def test_optimizer_is_not_kept_between_full_weights_and_adapter() -> None:
     assert problems_of(text) == [f"plans/x.yaml:18:26: stages[1].handoff.optimizer: {said}"]
 
 
-def test_adapter_that_no_stage_trains_is_refused() -> None:
-    text = "adapter: {rank: 16}\n" + GOOD.replace("    lr:", "    train: full\n    lr:")
+@pytest.mark.parametrize("field", ["adapter: {rank: 16}", "adapters: {cond: {rank: 16}}"])
+def test_adapter_that_no_stage_trains_is_refused(field: str) -> None:
+    text = f"{field}\n" + GOOD.replace("    lr:", "    train: full\n    lr:")
     said = "every stage has train: full, so there is no adapter; remove it, or train it in a stage"
-    assert problems_of(text) == [f"plans/x.yaml:1:1: adapter: {said}"]
+    assert problems_of(text) == [f"plans/x.yaml:1:1: {field.partition(':')[0]}: {said}"]
 
 
 @pytest.mark.parametrize(
@@ -601,7 +689,6 @@ def test_check_knows_the_same_names_as_the_readers_of_sources() -> None:
     assert check_sources.METADATA == mixing_folder.METADATA
     assert tuple(mixing_tasks.TASKS) == get_args(plan_types.Task)
     assert get_args(mixing_tasks.Role) == get_args(plan_types.Role)
-    assert check_model._FAMILY_FACTS.keys() == set(FAMILIES.values())
     schema = Plan.model_json_schema()
     assert schema["properties"]["name"]["pattern"] == NAME_PATTERN
 

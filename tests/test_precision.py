@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable, without_input_casts
 from stages.check import check_plan
+from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.plan import Adapter
 from stages.precision import DTYPES, LaunchError, Multiplied, StagePrecision, start_accelerator
@@ -28,11 +29,11 @@ STORED = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Flux:
-    return Flux(str(tiny_flux(tmp_path_factory.mktemp("model"), pixels=True)), None, None, CPU)
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(Flux(), str(tiny_flux(tmp_path_factory.mktemp("model"), pixels=True)), None, None, CPU)
 
 
-def predict(family: Flux, model: nn.Module) -> Tensor:
+def predict(family: Family, model: nn.Module) -> Tensor:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return family.predict(model, x, torch.tensor([0.3, 0.8]), family.encode_prompts(["a red disc", "a blue square"]), (0.5 * x,))
 
@@ -42,7 +43,7 @@ def predict(family: Flux, model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize(("mode", "storage"), STORED)
 @pytest.mark.parametrize("casts", [True, False])
-def test_every_product_of_a_forward_pass_is_made_in_the_stages_precision(family: Flux, mode: str, storage: str, casts: bool) -> None:
+def test_every_product_of_a_forward_pass_is_made_in_the_stages_precision(family: Family, mode: str, storage: str, casts: bool) -> None:
     model = family.load_transformer(DTYPES[storage], None)
     add_adapter(model, Adapter(rank=2, targets="linear"), family.target_patterns, 0)
     if not casts:
@@ -69,7 +70,7 @@ def test_the_three_products_of_an_adapted_layer_are_made_in_the_stages_precision
 @pytest.mark.parametrize("train", ["adapter", "full"])
 def test_fp32_over_a_base_in_bf16_is_refused_or_multiplies_in_fp32(tmp_path: Path, train: str) -> None:
     """`precision: fp32` with `base: bf16`: whatever the plan language lets pass must run."""
-    family = Flux(str(tiny_flux(tmp_path / "model", pixels=True)), None, None, CPU)
+    family = Family(Flux(), str(tiny_flux(tmp_path / "model", pixels=True)), None, None, CPU)
     (tmp_path / "photos").mkdir()
     plan = tmp_path / "plan.yaml"
     plan.write_text(
@@ -110,7 +111,7 @@ def test_pairs_that_multiply_in_another_dtype_than_their_base_are_told() -> None
     assert watch.verdict() not in DTYPES
 
 
-def test_watching_changes_no_bit(family: Flux) -> None:
+def test_watching_changes_no_bit(family: Family) -> None:
     model, precision = family.load_transformer(torch.float32, None), StagePrecision("bf16", CPU)
     with torch.no_grad():
         with precision.autocast():
@@ -121,7 +122,7 @@ def test_watching_changes_no_bit(family: Flux) -> None:
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
-def test_gradients_and_weights_of_the_pairs_stay_float32(family: Flux, mode: str) -> None:
+def test_gradients_and_weights_of_the_pairs_stay_float32(family: Family, mode: str) -> None:
     model = family.load_transformer(torch.bfloat16, None)
     add_adapter(model, Adapter(rank=2), family.target_patterns, 0)
     trainable = choose_trainable(model, "adapter", "test")

@@ -23,11 +23,13 @@ from mixing.source import open_source
 from models import tiny_flux
 from runs import launch, make_data, make_world, plan_of, write_plan
 from stages.adapter import adapter_weights, add_adapter, load_adapter_weights
+from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.handoff import ADAPTER_FILE, probe, probe_batches, read_start
+from stages.handoff import ADAPTER_FILE, probe, probe_batches
 from stages.plan import Adapter, Plan, Source, Stage
 from stages.precision import DTYPES, StagePrecision
 from stages.publish import PublishError, model_card, publish_adapter, sort_header, write_adapter
+from stages.start import read_start
 
 CPU = torch.device("cpu")
 NOTES = {"medley.plan": "name: tiny\nseed: 3 # ☂\n", "medley.ledger": json.dumps({"stages": []}), "medley.model": "abc", "medley.checkpoint": "0" * 64}
@@ -35,8 +37,8 @@ SETTINGS = [Adapter(rank=2), Adapter(rank=2, alpha=6), Adapter(rank=4, alpha=1, 
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Flux:
-    return Flux(str(tiny_flux(tmp_path_factory.mktemp("model"), pixels=True)), None, None, CPU)
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(Flux(), str(tiny_flux(tmp_path_factory.mktemp("model"), pixels=True)), None, None, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,12 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MicroBatch]:
     return probe_batches(selections, Shapes(8, 2))
 
 
-def plan_with(settings: Adapter, family: Flux) -> Plan:
+def plan_with(settings: Adapter, family: Family) -> Plan:
     stage = Stage(name="only", steps=1, lr=0.1, batch=1, resolution=8)
     return Plan(name="tiny", model=family.repo, adapter=settings, sources={"photos": Source(path="photos")}, stages=[stage])
 
 
-def trained(family: Flux, settings: Adapter, *, strength: float = 0.1, storage: str = "fp32") -> nn.Module:
+def trained(family: Family, settings: Adapter, *, strength: float = 0.1, storage: str = "fp32") -> nn.Module:
     """As after training: with pairs that have an effect."""
     model = family.load_transformer(DTYPES[storage], None)
     add_adapter(model, settings, family.target_patterns, 0)
@@ -63,7 +65,7 @@ def trained(family: Flux, settings: Adapter, *, strength: float = 0.1, storage: 
     return model
 
 
-def outputs(family: Flux, model: nn.Module, batches: Mapping[str, MicroBatch], mode: str = "fp32") -> dict[str, Tensor]:
+def outputs(family: Family, model: nn.Module, batches: Mapping[str, MicroBatch], mode: str = "fp32") -> dict[str, Tensor]:
     return probe(family, model, batches, StagePrecision(mode, CPU), 0)
 
 
@@ -72,7 +74,7 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def publish(
-    folder: Path, family: Flux, model: nn.Module, settings: Adapter, batches: Mapping[str, MicroBatch], *, storage: str = "fp32", card: str = "card", sheet: Path = Path("none")
+    folder: Path, family: Family, model: nn.Module, settings: Adapter, batches: Mapping[str, MicroBatch], *, storage: str = "fp32", card: str = "card", sheet: Path = Path("none")
 ) -> float:
     mode = "fp32" if storage == "fp32" else "bf16"
     saw = outputs(family, model, batches, mode)
@@ -89,7 +91,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("metadata", [True, False], ids=["with metadata", "without metadata"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"rank {settings.rank} alpha {settings.alpha}")
 def test_the_stock_pipeline_loads_the_file_at_the_strength_that_training_saw(
-    family: Flux, batches: dict[str, MicroBatch], tmp_path: Path, settings: Adapter, metadata: bool
+    family: Family, batches: dict[str, MicroBatch], tmp_path: Path, settings: Adapter, metadata: bool
 ) -> None:
     model = trained(family, settings)
     write_adapter(tmp_path / ADAPTER_FILE, adapter_weights(model), settings, NOTES)
@@ -103,7 +105,7 @@ def test_the_stock_pipeline_loads_the_file_at_the_strength_that_training_saw(
     assert difference(plain, wanted) > 1e-2
 
 
-def test_the_files_metadata_holds_the_notes_and_an_alpha_equal_to_the_rank(family: Flux, tmp_path: Path) -> None:
+def test_the_files_metadata_holds_the_notes_and_an_alpha_equal_to_the_rank(family: Family, tmp_path: Path) -> None:
     settings = Adapter(rank=2, alpha=6)
     write_adapter(tmp_path / "file.safetensors", adapter_weights(trained(family, settings)), settings, NOTES)
     with safe_open(tmp_path / "file.safetensors", framework="pt") as header:
@@ -114,7 +116,7 @@ def test_the_files_metadata_holds_the_notes_and_an_alpha_equal_to_the_rank(famil
     assert len(config["transformer.target_modules"].split("|")) == 17
 
 
-def test_equal_adapters_are_equal_files(family: Flux, tmp_path: Path) -> None:
+def test_equal_adapters_are_equal_files(family: Family, tmp_path: Path) -> None:
     weights = adapter_weights(trained(family, SETTINGS[1]))
     notes = {f"note {number}": str(number) for number in range(20)}
     files = set()
@@ -138,7 +140,7 @@ def test_putting_a_header_in_order_changes_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [Adapter(rank=2), Adapter(rank=2, alpha=6), Adapter(rank=4, alpha=1)], ids=lambda settings: f"alpha {settings.alpha}")
-def test_a_published_adapter_is_a_start_that_gives_the_same_function(family: Flux, batches: dict[str, MicroBatch], tmp_path: Path, settings: Adapter) -> None:
+def test_a_published_adapter_is_a_start_that_gives_the_same_function(family: Family, batches: dict[str, MicroBatch], tmp_path: Path, settings: Adapter) -> None:
     model = trained(family, settings)
     write_adapter(tmp_path / ADAPTER_FILE, adapter_weights(model), settings, NOTES)
     for place in (tmp_path, tmp_path / ADAPTER_FILE):
@@ -155,7 +157,7 @@ def test_a_published_adapter_is_a_start_that_gives_the_same_function(family: Flu
 
 
 @pytest.mark.parametrize("alpha", [2, 6])
-def test_an_adapter_that_another_trainer_saved_is_a_start_at_the_strength_that_its_metadata_says(family: Flux, batches: dict[str, MicroBatch], tmp_path: Path, alpha: int) -> None:
+def test_an_adapter_that_another_trainer_saved_is_a_start_at_the_strength_that_its_metadata_says(family: Family, batches: dict[str, MicroBatch], tmp_path: Path, alpha: int) -> None:
     """As the diffusers scripts save it: B as it is, and alpha beside it."""
     settings = Adapter(rank=2, alpha=6)
     model = trained(family, Adapter(rank=2, alpha=alpha))
@@ -174,7 +176,7 @@ def test_an_adapter_that_another_trainer_saved_is_a_start_at_the_strength_that_i
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_publishing_writes_adapter_card_and_previews_and_says_how_close_the_pipeline_came(family: Flux, batches: dict[str, MicroBatch], tmp_path: Path, storage: str) -> None:
+def test_publishing_writes_adapter_card_and_previews_and_says_how_close_the_pipeline_came(family: Family, batches: dict[str, MicroBatch], tmp_path: Path, storage: str) -> None:
     (tmp_path / "sheet.png").write_bytes(b"a picture")
     model = trained(family, SETTINGS[1], storage=storage)
     found = publish(tmp_path / "adapter", family, model, SETTINGS[1], batches, storage=storage, card="# card ☂", sheet=tmp_path / "sheet.png")
@@ -185,7 +187,7 @@ def test_publishing_writes_adapter_card_and_previews_and_says_how_close_the_pipe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "sheet.png"]
 
 
-def test_publishing_again_replaces_what_was_published_and_leaves_nothing_beside_it(family: Flux, batches: dict[str, MicroBatch], tmp_path: Path) -> None:
+def test_publishing_again_replaces_what_was_published_and_leaves_nothing_beside_it(family: Family, batches: dict[str, MicroBatch], tmp_path: Path) -> None:
     publish(tmp_path / "adapter", family, trained(family, SETTINGS[0]), SETTINGS[0], batches)
     before = contents(tmp_path / "adapter")
     publish(tmp_path / "adapter", family, trained(family, SETTINGS[0], strength=0.2), SETTINGS[0], batches, card="new")
@@ -196,7 +198,7 @@ def test_publishing_again_replaces_what_was_published_and_leaves_nothing_beside_
 
 
 @pytest.mark.parametrize("strength", [0.01, 0.1, 0.5, 1.0])
-def test_an_adapter_that_was_written_right_is_published_over_a_base_in_bf16(family: Flux, batches: dict[str, MicroBatch], tmp_path: Path, strength: float) -> None:
+def test_an_adapter_that_was_written_right_is_published_over_a_base_in_bf16(family: Family, batches: dict[str, MicroBatch], tmp_path: Path, strength: float) -> None:
     """Also a strong one whose alpha / rank is no power of two: bf16 rounds 3 (B A x) and (3 B) A x apart, and that is no fault of the file."""
     publish(tmp_path / "adapter", family, trained(family, SETTINGS[1], strength=strength, storage="bf16"), SETTINGS[1], batches, storage="bf16")
 
@@ -224,7 +226,7 @@ def nothing(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("spoil", [zeroed, doubled, halved, nothing])
 @pytest.mark.parametrize("strength", [0.1, 0.01])
 def test_an_adapter_that_was_written_wrong_is_not_published_and_the_former_one_stands(
-    family: Flux,
+    family: Family,
     batches: dict[str, MicroBatch],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -291,7 +293,7 @@ def test_a_full_stage_appended_to_a_finished_run_is_what_its_model_folder_holds_
 # --- the card ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_says_what_the_adapter_saw_and_how_to_load_it(family: Flux) -> None:
+def test_the_card_says_what_the_adapter_saw_and_how_to_load_it(family: Family) -> None:
     entry = {"asked": 0.25, "drawn": 0.2504, "images": 12_345, "epochs": 1.5}
     ledger = {"stages": [{"stage": "only", "sources": {"photos": entry}}]}
     card = model_card(plan_with(Adapter(rank=7), family), family, "| the table |", ledger, {"torch": "2.13.0"}, None)
@@ -303,13 +305,13 @@ def test_the_card_says_what_the_adapter_saw_and_how_to_load_it(family: Flux) -> 
     assert "torch 2.13.0" in card
 
 
-def test_the_cards_code_is_python(family: Flux) -> None:
+def test_the_cards_code_is_python(family: Family) -> None:
     card = model_card(plan_with(Adapter(rank=7), family), family, "", {"stages": []}, {}, None)
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
 @pytest.mark.parametrize("repo", ["someone/model", "models/mine: the second", "models/a #1", 'models/C:\\path "x"'])
-def test_the_cards_head_is_yaml_whatever_the_models_folder_is_called(family: Flux, repo: str) -> None:
+def test_the_cards_head_is_yaml_whatever_the_models_folder_is_called(family: Family, repo: str) -> None:
     plan = plan_with(Adapter(), family).model_copy(update={"model": repo})
     card = model_card(plan, family, "", {"stages": []}, {}, None)
     head = YAML(typ="safe").load(card.split("---\n")[1])

@@ -99,6 +99,8 @@ class Kept:
         self.held: dict[bytes, np.ndarray] = {}
         self.asked: list[bytes] = []
 
+    of_references = True
+
     def key(self, content: bytes, transform: str) -> bytes:
         return latents_key(content, transform, "encoder")
 

@@ -22,27 +22,31 @@ from mixing.source import open_source
 from models import tiny_flux
 from runs import COLOURS, make_data
 from stages.families.base import Text
+from stages.families.family import Family
 from stages.families.flux import Flux
+from stages.objectives.flow import noise
 from stages.precision import StagePrecision
-from stages.sampling import Judge, Preview, accuracy, fit_judge, previews, sample, sheet
+from stages.sampler import Sampler, sample
+from stages.sampling import Judge, Preview, accuracy, fit_judge, previews, sheet
+from stages.shown import Shown
 
 CPU = torch.device("cpu")
 FP32 = StagePrecision("fp32", CPU)
-TEXT = Text(torch.zeros(2, 1, 4), torch.zeros(2, 4))
+SHOWN = Shown(torch.zeros(2, 4, 8, 8), Text(torch.zeros(2, 1, 4), torch.zeros(2, 4)), (), None)
 
 
-class Oracle(Flux):
+class Oracle(Family):
     """Pixel-space Flux whose velocity leads straight to what the prompt's pooled embedding says: a plain colour."""
 
     wrong = False
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> Text:
         colours = [next((colour for name, colour in COLOURS.items() if name in prompt), (0, 0, 0)) for prompt in prompts]
         if self.wrong:
             colours = [COLOURS["red"]] * len(prompts)
         return Text(torch.zeros(len(prompts), 1, 4), torch.tensor(colours) / 127.5 - 1)
 
-    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
+    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = (), **rest: object) -> Tensor:
         return (noised - text.pooled[:, :, None, None]) / t.view(-1, 1, 1, 1)
 
 
@@ -80,14 +84,14 @@ def process(index: int = 0, of: int = 1) -> Any:
 # --- the sampler ------------------------------------------------------------------------------------------------------------------------
 
 
-class Straight(Flux):
+class Straight(Family):
     """The velocity e - x0 of known ends, wherever it is asked; notes where."""
 
     e: Tensor
     x0: Tensor
     asked: list[tuple[Tensor, Tensor]]
 
-    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
+    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor] = (), **rest: object) -> Tensor:
         self.asked.append((noised, t))
         return self.e - self.x0
 
@@ -95,10 +99,12 @@ class Straight(Flux):
 @pytest.mark.parametrize("model", ["model", "shifting"])
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_sampling_along_the_true_velocity_ends_at_the_image(world: Path, model: str, steps: int) -> None:
-    family = Straight(str(world / model), None, None, CPU)
-    family.e, family.x0 = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    family = Straight(Flux(), str(world / model), None, None, CPU)
+    family.x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     family.asked = []
-    found = sample(family, nn.Identity(), family.e, TEXT, (), steps, FP32)
+    keys = [1, 2]
+    family.e = noise((4, 8, 8), keys)
+    found = sample(family, nn.Identity(), (4, 8, 8), keys, SHOWN, Sampler(steps, FP32))
     assert torch.allclose(found, family.x0, atol=1e-5)
     assert len(family.asked) == steps
     assert torch.equal(family.asked[0][0], family.e)
@@ -109,10 +115,10 @@ def test_sampling_along_the_true_velocity_ends_at_the_image(world: Path, model: 
 
 
 def test_sampling_visits_the_noise_levels_of_the_models_own_sampler(world: Path) -> None:
-    family = Straight(str(world / "shifting"), None, None, CPU)
+    family = Straight(Flux(), str(world / "shifting"), None, None, CPU)
     family.e = family.x0 = torch.zeros(2, 4, 8, 8)
     family.asked = []
-    sample(family, nn.Identity(), family.e, TEXT, (), 5, FP32)
+    sample(family, nn.Identity(), (4, 8, 8), [1, 2], SHOWN, Sampler(5, FP32))
     levels = torch.stack([t[0] for _, t in family.asked])
     height = width = 8 * family.factor
     assert torch.equal(levels, family.sigmas(5, family.tokens(height, width))[:-1])
@@ -121,9 +127,9 @@ def test_sampling_visits_the_noise_levels_of_the_models_own_sampler(world: Path)
 
 
 def test_previews_are_the_first_held_out_rows_with_their_references_the_same_each_time(world: Path, selections: dict[str, Selection]) -> None:
-    family = Oracle(str(world / "model"), None, None, CPU)
+    family = Oracle(Flux(), str(world / "model"), None, None, CPU)
     state = torch.get_rng_state()
-    shown, again = (previews(family, nn.Identity(), selections, rows=2, steps=3, shapes=Shapes(8, 2), precision=FP32, seed=1, accelerator=process()) for _ in range(2))
+    shown, again = (previews(family, nn.Identity(), selections, rows=2, shapes=Shapes(8, 2), sampler=Sampler(3, FP32), seed=1, accelerator=process()) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert [preview.source for preview in shown] == ["photos"] * 2 + ["edits"] * 2
     for preview, other in zip(shown, again, strict=True):
@@ -139,11 +145,11 @@ def test_previews_are_the_first_held_out_rows_with_their_references_the_same_eac
 
 
 def test_two_processes_make_the_previews_that_one_makes(world: Path, selections: dict[str, Selection], monkeypatch: pytest.MonkeyPatch) -> None:
-    family = Flux(str(world / "model"), None, None, CPU)
+    family = Family(Flux(), str(world / "model"), None, None, CPU)
     model = family.load_transformer(torch.float32, None)
 
     def made(accelerator: Any) -> list[Preview]:
-        return previews(family, model, selections, rows=2, steps=2, shapes=Shapes(8, 2), precision=FP32, seed=1, accelerator=accelerator)
+        return previews(family, model, selections, rows=2, shapes=Shapes(8, 2), sampler=Sampler(2, FP32), seed=1, accelerator=accelerator)
 
     alone, parts = made(process()), []  # type: ignore[var-annotated]
     monkeypatch.setattr(stages.sampling, "gather_object", lambda found: parts.append(found) or found)
@@ -276,9 +282,9 @@ def test_blank_lines_and_line_separators_in_labels_are_read(world: Path, tmp_pat
 
 
 def test_accuracy_is_1_of_perfect_samples_and_a_third_against_shuffled_captions(world: Path, selections: dict[str, Selection]) -> None:
-    family, judge = Oracle(str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
+    family, judge = Oracle(Flux(), str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
     state = torch.get_rng_state()
-    found = accuracy(family, nn.Identity(), selections["photos"], judge, samples=100, steps=2, precision=FP32, seed=0, accelerator=process())
+    found = accuracy(family, nn.Identity(), selections["photos"], judge, samples=100, sampler=Sampler(2, FP32), seed=0, accelerator=process())
     assert torch.equal(torch.get_rng_state(), state)
     assert set(found) == {"accuracy", "shuffled_captions", "judge_on_real"}
     assert found["accuracy"] == 1
@@ -289,20 +295,20 @@ def test_accuracy_is_1_of_perfect_samples_and_a_third_against_shuffled_captions(
 
 
 def test_accuracy_of_samples_that_are_always_red_is_the_share_of_red_captions(world: Path, selections: dict[str, Selection]) -> None:
-    family, judge = Oracle(str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
+    family, judge = Oracle(Flux(), str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
     family.wrong = True
-    found = accuracy(family, nn.Identity(), selections["photos"], judge, samples=60, steps=1, precision=FP32, seed=0, accelerator=process())
+    found = accuracy(family, nn.Identity(), selections["photos"], judge, samples=60, sampler=Sampler(1, FP32), seed=0, accelerator=process())
     captions = [selections["photos"].source.example(int(row)).prompt for row in selections["photos"].held_out]
     assert found["accuracy"] == pytest.approx(sum("red" in caption for caption in captions) / len(captions))
     assert found["shuffled_captions"] == pytest.approx(found["accuracy"])
 
 
 def test_accuracy_does_not_depend_on_the_number_of_processes(world: Path, selections: dict[str, Selection], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, judge = Flux(str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
+    family, judge = Family(Flux(), str(world / "model"), None, None, CPU), fit_judge(world / "labelled", 8)
     model = family.load_transformer(torch.float32, None)
 
     def found(accelerator: Any) -> dict[str, float]:
-        return accuracy(family, model, selections["photos"], judge, samples=70, steps=1, precision=FP32, seed=0, accelerator=accelerator)
+        return accuracy(family, model, selections["photos"], judge, samples=70, sampler=Sampler(1, FP32), seed=0, accelerator=accelerator)
 
     alone, parts = found(process()), []  # type: ignore[var-annotated]
     monkeypatch.setattr(stages.sampling, "gather_object", lambda correct: parts.append(correct) or correct)
@@ -314,6 +320,6 @@ def test_accuracy_does_not_depend_on_the_number_of_processes(world: Path, select
 
 
 def test_accuracy_of_captions_that_name_no_label_is_refused(world: Path, selections: dict[str, Selection]) -> None:
-    family = Oracle(str(world / "model"), None, None, CPU)
+    family = Oracle(Flux(), str(world / "model"), None, None, CPU)
     with pytest.raises(ValueError, match=r"no held-out caption of source 'photos' holds exactly one of the labels seven, two"):
-        accuracy(family, nn.Identity(), selections["photos"], judge_of("seven", "two"), samples=4, steps=1, precision=FP32, seed=0, accelerator=process())
+        accuracy(family, nn.Identity(), selections["photos"], judge_of("seven", "two"), samples=4, sampler=Sampler(1, FP32), seed=0, accelerator=process())

@@ -112,7 +112,7 @@ def test_an_entry_is_written_once(tmp_path: Path) -> None:
     [
         ({}, "none found"),
         ({"a/b": torch.zeros(1)}, r"\['a/b'\] found"),
-        ({"x": torch.zeros(1, dtype=torch.float64)}, "x: torch.float64 found; torch.float32, torch.bfloat16, torch.float16 are kept"),
+        ({"x": torch.zeros(1, dtype=torch.float64)}, "x: torch.float64 found; torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool are kept"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:

@@ -1,30 +1,160 @@
-"""What a family of transformers owes to the loop: one file a family answers to this protocol, and nothing else in Medley knows the family."""
+"""What a family of transformers owes: one file a family answers to `Architecture`, and nothing else in Medley knows the family.
+
+`stages.families.family.Family` is a model of it: it loads the parts, remembers prompts, and says what the architecture says.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from stages.cache import Cache
+from stages.families.facts import ModelSizes
+from stages.objectives.path import Path
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts. embeds: [B, L, D]; pooled: [B, P]. float32 on the CPU, the encoders' own dtype on a GPU."""
+    """Encoded prompts, padded at the end to the longest. In the encoders' own dtype; whole numbers where the transformer itself embeds words."""
 
     embeds: Tensor
-    pooled: Tensor
+    """[B, L, ...]"""
+    pooled: Tensor | None = None
+    """[B, P], where the family has such a vector."""
+    mask: Tensor | None = None
+    """bool [B, L]: which are words; None where all count, or the transformer is not told."""
+
+    def rows(self, rows: Tensor) -> Text:
+        """Those of some prompts. rows: int64."""
+        return Text(self.embeds[rows], None if self.pooled is None else self.pooled[rows], None if self.mask is None else self.mask[rows])
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(part.nbytes for part in (self.embeds, self.pooled, self.mask) if part is not None)
+
+
+def stacked(texts: Sequence[Text]) -> Text:
+    """Single prompts (embeds [L, ...], pooled [P], mask [L]) as one batch, the shorter ones padded with zeros; then there is a mask, if there was none."""
+    longest = max(len(text.embeds) for text in texts)
+    embeds, masks = [], []
+    for text in texts:
+        missing = longest - len(text.embeds)
+        padding = (0, 0) * (text.embeds.ndim - 1) + (0, missing)
+        embeds.append(nn.functional.pad(text.embeds, padding) if missing else text.embeds)
+        mask = torch.ones(len(text.embeds), dtype=torch.bool, device=text.embeds.device) if text.mask is None else text.mask
+        masks.append(nn.functional.pad(mask, (0, missing)))
+    has_mask = any(text.mask is not None or len(text.embeds) < longest for text in texts)
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return Text(torch.stack(embeds), torch.stack(pooled) if pooled else None, torch.stack(masks) if has_mask else None)
+
+
+@dataclass(frozen=True)
+class RegionTexts:
+    """Parts of targets that have prompts of their own. R: regions of each target."""
+
+    texts: tuple[Text, ...]
+    """[R], each of B prompts."""
+    masks: Tensor
+    """bool [B, R, H, W], at the target's size in pixels."""
+
+    def rows(self, rows: Tensor) -> RegionTexts:
+        """Those of some targets. rows: int64."""
+        return RegionTexts(tuple(text.rows(rows) for text in self.texts), self.masks[rows])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a transformer is shown. B: images."""
+
+    noised: Tensor
+    """Latents x_t, float32 [B, C, h, w]."""
+    t: Tensor
+    """Noise levels, float32 [B] in [0, 1]."""
+    text: Text
+    references: Sequence[Tensor] = ()
+    """Latents without noise, each [B, C, h', w']."""
+    regions: RegionTexts | None = None
+    scale: float = 1.0
+    """How far apart neighbouring tokens lie on the grid of positions: 2 at half the resolution of a pyramid's finest level."""
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What the files of a model say, its weights apart."""
+
+    index: Mapping[str, Any]
+    """model_index.json"""
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    """Empty where there is none: the model trains on pixels."""
+    scheduler: Any
+    """The pipeline's own scheduler."""
+    sizes: ModelSizes
+    guidance: float | None
+    """What the transformer is told; None if it takes no guidance."""
+
+
+class Architecture(Protocol):
+    """What a family owes. Latents are [B, C, h, w], images float32 [B, 3, H, W] in [-1, 1]."""
+
+    name: str
+    """As in `stages.families.facts.FAMILIES`."""
+    transformer_class: Any
+    """The diffusers class."""
+    vae_class: Any
+    """The diffusers class."""
+    prompt_parts: tuple[str, ...]
+    """Parts of the pipeline, which are its sub-folders, that encoding a prompt needs."""
+    target_patterns: Mapping[str, tuple[str, ...]]
+    """What the words of `adapter.targets` stand for: patterns on full module names, matched whole; {last} in one is the number of the last block."""
+    version: int
+    """Of `encode_image` and `encode_prompt`: raised when what they give changes, so that no older entry of a cache is used."""
+    empty_prompt: str
+    """What the family was trained with where there is no prompt."""
+    loads_adapters: bool
+    """Whether the pipeline itself has `load_lora_weights`; if not, the adapter is written as peft's own."""
+
+    def path(self, model: Configs) -> Path:
+        """How noise and image are mixed, and what of them is predicted."""
+
+    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
+        """Normalised latents [1, C, h, w] of an image [1, 3, H, W]."""
+
+    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
+        """Its inverse."""
+
+    def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
+        """A prompt, [1, ...]. pipeline: the stock one with its prompt parts. references: images [1, 3, H, W], for a family whose prompts see them."""
+
+    def predict(self, transformer: nn.Module, inputs: Inputs, model: Configs) -> Tensor:
+        """What `path` says is predicted, of the target alone, [B, C, h, w]. transformer: called, and not looked into: it may be wrapped."""
+
+    def seen_timestep(self, t: Tensor, compute: torch.dtype) -> Tensor:
+        """The t that the transformer's embedding really sees when it computes in this dtype."""
+
+    def shift(self, model: Configs, tokens: int) -> float:
+        """The scheduler's shift s of the noise levels at this number of target tokens: t becomes s t / (1 + (s - 1) t)."""
+
+    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
+        """The noise levels, from and up to, that this of the model's transformers is for. expert: one of `FamilyFacts.experts`; None is the only one, or the first."""
+
+    def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
+        """Noise levels that the pipeline visits, from the noisiest to 0, [steps + 1]."""
+
+
+def targets_in(architecture: Architecture, transformer: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
+    """What the words of `adapter.targets` stand for in a transformer with this config."""
+    last = str(int(transformer.get("num_layers", 0)) - 1)
+    return {word: tuple(pattern.replace("{last}", last) for pattern in patterns) for word, patterns in architecture.target_patterns.items()}
 
 
 class TextStore(Protocol):
-    """Where encoded prompts are kept beyond this process, such as `stages.cache.Cache`. One prompt's text: embeds [L, D], pooled [P]."""
+    """Where encoded prompts are kept beyond this process, such as `stages.cache.Cache`. One prompt's text: embeds [L, ...], pooled [P], mask [L]."""
 
     def text(self, prompt: str) -> Text | None:
         """A kept encoded prompt, or None."""
@@ -33,83 +163,8 @@ class TextStore(Protocol):
         """Keep an encoded prompt."""
 
 
-class Family(Protocol):
-    """A model of one family without its transformer, and what is done with the transformer. Latents are [B, C, h, w], images [B, 3, H, W] in [-1, 1]."""
-
-    name: str
-    """As in `stages.families.FAMILIES`."""
-    pixel_multiple: int
-    """Sides of images in pixels are multiples of this."""
-    target_patterns: Mapping[str, tuple[str, ...]]
-    """What the words of `adapter.targets` stand for: patterns on full module names."""
-    pipeline_class: str
-    """The diffusers pipeline that loads the published adapter."""
-    encodes_images: bool
-    """Whether `encode_images` changes anything: False for a model that trains on pixels, whose latents are not worth keeping."""
-    texts: TextCache
-    """The encoded prompts at hand; its `stored` is where more are kept."""
-    cache: Cache | None
-    """Where latents are kept; None keeps none."""
-    device: torch.device
-    """Where everything is computed."""
-
-    @property
-    def latents_identity(self) -> str:
-        """What `encode_images` gives depends on the image and on this: the VAE's weights, the dtype, and Medley's own way of encoding."""
-
-    @property
-    def text_identity(self) -> str:
-        """What `encode_prompts` gives depends on the prompt and on this."""
-
-    def release_encoders(self) -> None:
-        """Drop the VAE and the text encoders from memory; they come back at their next use."""
-
-    def load_transformer(self, storage: torch.dtype, weights: Path | None) -> nn.Module:
-        """A frozen transformer from the model's folder, or with the weights of a safetensors file in their place."""
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Normalised latents of images, float32; each image's own, bit for bit, whatever else is in the batch. No gradient."""
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images of normalised latents, float32, clipped to [-1, 1]. No gradient."""
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Encoded prompts; each prompt's own, bit for bit, whatever else is in the batch. No gradient."""
-
-    def predict(self, transformer: nn.Module, noised: Tensor, t: Tensor, text: Text, references: Sequence[Tensor]) -> Tensor:
-        """The velocity v = e - x that the transformer predicts at x_t = (1 - t) x + t e, float32, shape as `noised`.
-
-        t: float32 [B] in [0, 1]. references: latents, none or more, each [B, C, h', w'].
-        """
-
-    def seen_timestep(self, t: Tensor, compute: torch.dtype) -> Tensor:
-        """The t that the transformer's embedding really sees when it computes in this dtype: noise with this one."""
-
-    def tokens(self, height: int, width: int) -> int:
-        """Tokens of an image of so many pixels."""
-
-    def latent_tokens(self, latents: Tensor) -> int:
-        """Tokens of each of these latents."""
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens of a prompt."""
-
-    def shift(self, tokens: int) -> float:
-        """The scheduler's shift s of the noise levels at this number of target tokens: t becomes s t / (1 + (s - 1) t)."""
-
-    def sigmas(self, steps: int, tokens: int) -> Tensor:
-        """Noise levels that the model's own sampler visits, from 1 to 0, float32 [steps + 1]."""
-
-    def stock_pipeline(self, transformer: nn.Module, *, encoders: bool = True) -> Any:
-        """The diffusers pipeline itself, `pipeline_class`, around a transformer. encoders: whether with VAE and text encoders, which are loaded for it."""
-
-    def save_model(self, folder: Path, transformer: nn.Module) -> None:
-        """Write the whole pipeline with this transformer as a diffusers folder."""
-
-
 class TextCache:
-    """Encoded prompts by their text, the least recently used leaving first once they take more than `limit` bytes."""
+    """Encoded prompts by their name, the least recently used leaving first once they take more than `limit` bytes."""
 
     def __init__(self, limit: int = 256 * 2**20, device: torch.device | None = None) -> None:
         """device: where texts from `stored` are moved to, the CPU if None."""
@@ -119,25 +174,28 @@ class TextCache:
         self.stored: TextStore | None = None
         """Where a prompt that is not at hand is looked for, and put once it is encoded."""
 
-    def encode(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Text]) -> Text:
-        """Encode prompts; each that is neither at hand nor stored with an `encode` of its own, so that its bits depend on no other prompt."""
+    def encode(self, names: Sequence[str], encode: Callable[[int], Text]) -> Text:
+        """Encoded prompts by name, which is the prompt where that decides everything. encode: gives the one at a place in `names`, [1, ...]; it is asked for each
+        that is neither at hand nor stored, one at a time, so that its bits depend on no other prompt."""
         at_hand: dict[str, Text] = {}
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._texts:
-                self._texts[prompt] = one = self._stored_or(prompt, encode)
-                self._bytes += one.embeds.nbytes + one.pooled.nbytes
-            self._texts.move_to_end(prompt)
-            at_hand[prompt] = self._texts[prompt]
+        for place, name in enumerate(names):
+            if name in at_hand:
+                continue
+            if name not in self._texts:
+                self._texts[name] = one = self._stored_or(name, place, encode)
+                self._bytes += one.nbytes
+            self._texts.move_to_end(name)
+            at_hand[name] = self._texts[name]
         while self._bytes > self._limit:
             _, old = self._texts.popitem(last=False)
-            self._bytes -= old.embeds.nbytes + old.pooled.nbytes
-        return Text(torch.stack([at_hand[p].embeds for p in prompts]), torch.stack([at_hand[p].pooled for p in prompts]))
+            self._bytes -= old.nbytes
+        return stacked([at_hand[name] for name in names])
 
-    def _stored_or(self, prompt: str, encode: Callable[[Sequence[str]], Text]) -> Text:
-        if self.stored is not None and (kept := self.stored.text(prompt)) is not None:
-            return Text(kept.embeds.to(self._device), kept.pooled.to(self._device))
-        fresh = encode([prompt])
-        one = Text(fresh.embeds[0].clone(), fresh.pooled[0].clone())
+    def _stored_or(self, name: str, place: int, encode: Callable[[int], Text]) -> Text:
+        if self.stored is not None and (kept := self.stored.text(name)) is not None:
+            return Text(*(None if part is None else part.to(self._device) for part in (kept.embeds, kept.pooled, kept.mask)))  # type: ignore[arg-type]
+        fresh = encode(place)
+        one = Text(*(None if part is None else part[0].clone() for part in (fresh.embeds, fresh.pooled, fresh.mask)))  # type: ignore[arg-type]
         if self.stored is not None:
-            self.stored.keep_text(prompt, one)
+            self.stored.keep_text(name, one)
         return one

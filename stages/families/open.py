@@ -11,12 +11,23 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stages.digests import file_digest
-from stages.families import FAMILIES
-from stages.families.base import Family
+from stages.families.base import Architecture
+from stages.families.facts import PIPELINES
+from stages.families.family import Family
 from stages.families.flux import Flux
+from stages.families.flux2 import Flux2
+from stages.families.lumina2 import Lumina2
+from stages.families.omnigen import OmniGen
+from stages.families.pixart import PixArt
+from stages.families.qwen_image import QwenImage
+from stages.families.sana import Sana
+from stages.families.sd3 import SD3
+from stages.families.wan import Wan
+from stages.families.z_image import ZImage
 from stages.plan import Model
 
-_OPEN: Mapping[str, Callable[[str, str | None, float | None, torch.device, Callable[[Path], str]], Family]] = {"flux": Flux}
+ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in (Flux(), Flux2(), Lumina2(), Sana(), OmniGen(), PixArt(), SD3(), Wan(), QwenImage(), ZImage())}
+"""The families by name."""
 
 
 class ModelError(ValueError):
@@ -30,9 +41,9 @@ def open_family(model: str | Model, device: torch.device, digest: Callable[[Path
     """
     settings = model if isinstance(model, Model) else Model(repo=model)
     name = str(DiffusionPipeline.load_config(settings.repo, revision=settings.revision)["_class_name"])
-    if name not in FAMILIES:
-        raise ModelError(f"{settings.repo} is a {name}; Medley trains {', '.join(sorted(FAMILIES))}")
-    return _OPEN[FAMILIES[name]](settings.repo, settings.revision, settings.guidance, device, digest)
+    if name not in PIPELINES:
+        raise ModelError(f"{settings.repo} is a {name}; Medley trains {', '.join(sorted(PIPELINES))}")
+    return Family(ARCHITECTURES[PIPELINES[name]], settings.repo, settings.revision, settings.guidance, device, digest)
 
 
 def fingerprint(model: str | Model) -> str:

@@ -1,0 +1,93 @@
+"""Check adapters: whether a plan's adapters, what its stages train of them, and how they are handed on, can be carried out. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from stages.placed import newest, placed_adapters, target_of, total_rank
+from stages.plan import Stage
+from stages.problems import Location, Problem, listed, nearest, quoted, written
+from stages.reader import ReadPlan
+from stages.resolved import resolved_storage
+
+_WORDS = ("adapter", "full", "default", "pytorch_lora_weights")
+
+
+def adapter_problems(read: ReadPlan) -> Iterator[Problem]:
+    """What is wrong with adapters and with handing them on."""
+    yield from _names(read)
+    taught = read.plan.start is not None  # whether an adapter has come as far as this stage
+    for index, stage in enumerate(read.plan.stages):
+        if stage.train == "full":
+            continue
+        yield from _entries(read, index, stage)
+        if index > 0 or read.plan.start is not None:
+            yield from _way(read, index, stage, taught=taught)
+        taught = True
+
+
+def _at(read: ReadPlan, location: Location, message: str) -> Problem:
+    return Problem(read.place(*location), written(location), message)
+
+
+def _names(read: ReadPlan) -> Iterator[Problem]:
+    """What several adapters may be called and be."""
+    adapters = read.plan.adapters
+    for name, settings in adapters.items():
+        place = read.name_place("adapters", name)
+        if name in _WORDS:
+            yield Problem(place, written(("adapters", name)), f"'{name}' is a word of Medley's own; give the adapter another name")
+        elif "." in name or "lora_" in name:
+            yield Problem(place, written(("adapters", name)), f"a name that weights are told apart by has no '.' and no 'lora_' in it; write {re.sub('[.]|lora_', '', name) or 'another'}")
+        if settings.variant == "dora" and len(adapters) > 1:
+            yield _at(read, ("adapters", name, "variant"), "several adapters are published as one, and DoRA cannot be joined with others; choose lora or rslora, or give the plan one adapter")
+
+
+def _entries(read: ReadPlan, index: int, stage: Stage) -> Iterator[Problem]:
+    """What a list in `train` names."""
+    names = list(read.plan.adapters)
+    for number, entry in enumerate(stage.train if isinstance(stage.train, list) else ()):
+        location: Location = ("stages", index, "train", number)
+        name, pattern = target_of(entry, names)
+        before = entry.partition(":")[0]
+        if name is None and ":" in entry and re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", before):
+            has = f"adapters: {listed(names)}" if names else "the plan has one, which has no name"
+            yield _at(read, location, f"no adapter {quoted(before)} stands before the colon ({has}){nearest(before, names)}")
+        elif name is None and re.fullmatch("[A-Za-z0-9_-]+", entry) and (meant := nearest(entry, names)):
+            yield _at(read, location, f"no adapter {quoted(entry)} (adapters: {listed(names)}){meant}")
+        elif name is not None and pattern == "":
+            yield _at(read, location, f"no pattern stands behind the colon; write {name} for the whole adapter")
+
+
+def _way(read: ReadPlan, index: int, stage: Stage, *, taught: bool) -> Iterator[Problem]:
+    """How a stage hands the adapter on, against what stands before it."""
+    plan, handoff, way = read.plan, stage.handoff, stage.handoff.adapter
+    location: Location = ("stages", index, "handoff")
+    at_way = (*location, "adapter")
+    if way == "continue":
+        return
+    if not taught:
+        yield _at(read, at_way, f"'{way}', and no stage before this one trains an adapter; remove it")
+        return
+    if plan.adapters and way != "merge":
+        instead = "give the plan one `adapter`" if way != "stack" else "those stand beside each other already: say in `train` which of them train here"
+        yield _at(read, at_way, f"'{way}' is for a plan with one `adapter`, and this one names its `adapters`; {instead}")
+        return
+    before = placed_adapters(plan, index - 1)
+    rank, old = newest(placed_adapters(plan, index)).settings.rank, newest(before).settings.rank
+    if plan.adapter.variant == "dora" and way in ("shrink", "stack") and not plan.adapters:
+        why = "the lengths of its rows are no product" if way == "shrink" else "DoRA cannot be joined with others, and they are published as one"
+        yield _at(read, at_way, f"'{way}' of a DoRA: {why}; choose continue, grow or merge")
+    elif index > 0 and way == "grow" and rank <= old:
+        yield _at(read, (*location, "rank"), f"'grow' to rank {rank}, and the adapter has rank {old}; give a larger rank" + (", or choose shrink" if rank < old else ""))
+    elif index > 0 and way == "shrink" and rank >= total_rank(before) and (len(before) == 1 or rank > total_rank(before)):
+        held = f"the adapters have rank {total_rank(before)} together" if len(before) > 1 else f"the adapter has rank {old}"
+        yield _at(read, (*location, "rank"), f"'shrink' to rank {rank}, and {held}; give a smaller rank" + (", or choose grow" if rank > old and len(before) == 1 else ""))
+    if way == "merge" and resolved_storage(stage) != "fp32" and not handoff.lossy:
+        message = f"'merge' into a base stored in {resolved_storage(stage)} rounds away a quarter to two thirds of what was learnt; give the stage base: fp32, choose stack, or say lossy: true"
+        yield _at(read, at_way, message)
+    if index > 0:  # after `start` nothing else comes along
+        for field, asked in (("optimizer", handoff.optimizer), ("ema", handoff.ema if stage.ema is not None else "reset")):
+            if asked != "reset" and not (way == "grow" and plan.adapter.variant == "dora"):
+                yield _at(read, (*location, field), f"'{asked}', and with adapter: {way} every pair is another than before, so nothing could be kept; choose reset")
