@@ -6,6 +6,7 @@ Typed again, the same command goes on where it stopped: finished stages are skip
 
     python train.py PLAN --check        is the plan sound? under a second, without torch
     python train.py PLAN --explain      what will happen: steps, images, buckets, epochs, rates, memory
+    python train.py PLAN --rehearse     the whole plan in miniature, killed and started again in the middle, in minutes on a CPU
     python train.py PLAN --verify-cache encode a hundredth of what the cache keeps anew, and compare
     options: --set PATH=VALUE (again and again)  --out FOLDER  --until STAGE  --trace
 
@@ -41,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("plan", type=Path, metavar="PLAN", help="the plan, a YAML file")
     parser.add_argument("--check", action="store_true", help="say whether the plan is sound, and stop")
     parser.add_argument("--explain", action="store_true", help="say what will happen, and stop")
+    parser.add_argument("--rehearse", action="store_true", help="carry out the whole plan in miniature, say what was proved, and stop")
     parser.add_argument("--verify-cache", action="store_true", help="encode a hundredth of what is kept anew, compare, and stop")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="change a field of the plan, such as stages.refine.steps=50")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (runs/NAME)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (runs/NAME; of a rehearsal runs/NAME-rehearsal)")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument("--trace", action="store_true", help="write every row drawn to trace.jsonl")
     given = parser.parse_args(arguments)
     try:
+        if given.rehearse:
+            return rehearsed(given.plan, given.settings, given.out)
         read = checked(given.plan, given.settings)
         if given.until and given.until not in (names := [stage.name for stage in read.plan.stages]):
             raise PlanError.at("--until", f"no stage '{given.until}' (stages: {', '.join(names)})")
@@ -90,6 +94,19 @@ def checked(path: str | Path, settings: Sequence[str] = ()) -> ReadPlan:
     if problems := check_plan(read, Path.cwd()):
         raise PlanError(problems)
     return read
+
+
+def rehearsed(path: Path, settings: Sequence[str], out: Path | None) -> int:
+    """Carry out a plan in miniature. Returns the exit code. Of several processes the first does it. Raises PlanError if the plan is wrong."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    from stages.quiet import quiet_libraries
+
+    quiet_libraries()
+    from stages.rehearse import checked_but_for_places, rehearse
+
+    read = checked_but_for_places(path, settings)
+    return 1 if rehearse(read, out or Path("runs") / f"{read.plan.name}-rehearsal", Console()).failed else 0
 
 
 def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = None, until: str | None = None, trace: bool = False) -> Path:

@@ -10,7 +10,6 @@ from mixing.buckets import Shapes, Signature
 from mixing.captions import plain
 from mixing.reading import Images, Latents, Mask, Regions, Seen, View, gathered, gathered_regions, read_masks, read_row
 from mixing.selected import Selection
-from mixing.tasks import without_placeholders
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def read_rows(selection: Selection, rows: Iterable[int], shapes: Shapes, latents
             held = selection.cells(row)
             seen = read_row(source.name, source.key(row), held, row_class, signature, View(), latents)
             masks = read_masks(source.name, source.key(row), held, signature, View())
-            prompt = without_placeholders(plain(held.prompts, selection.captions))
+            prompt = plain(held.prompts, selection.captions)
             groups[signature].append((source.key(row), prompt, seen, tuple(region.prompt for region in held.regions), masks))
         except UnreadableRow as error:
             bad.append(error.bad_row)

@@ -26,7 +26,7 @@ from mixing.reading import Images, Latents, Mask, Regions, Seen, gathered, gathe
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages, read_by, share_out
 from mixing.shares import Mix, Ramp, ramp_steps
-from mixing.tasks import Cells, without_placeholders
+from mixing.tasks import Cells
 
 if TYPE_CHECKING:
     import datasets
@@ -221,7 +221,7 @@ class StageMixture(Dataset[list[_Read]]):
         signature, rules = self.signatures[number], selection.captions
         seen = read_row(cell.source, name, held, self._classes[number], signature, view, self.latents)
         masks = read_masks(cell.source, name, held, signature, view)
-        prompt = without_placeholders(caption(held.prompts, rules, seed=self.seed, source=cell.source, row=name, epoch=epoch))
+        prompt = caption(held.prompts, rules, seed=self.seed, source=cell.source, row=name, epoch=epoch)
         entity_prompts = entity_captions([region.prompt for region in held.regions], rules, seed=self.seed, source=cell.source, row=name, epoch=epoch)
         return _Row(name, prompt, seen, entity_prompts, masks)
 

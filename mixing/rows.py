@@ -68,6 +68,26 @@ class Rows(Protocol):
         """What a listing of the same source needs, beside itself, to give these rows again without looking at them."""
 
 
+class NoRows:
+    """The rows of a source that has none."""
+
+    def key(self, index: int) -> str:
+        """There is none. Raises IndexError."""
+        raise IndexError(f"no row {index}: the source has none")
+
+    def keys(self, indices: NDArray[Any]) -> list[str]:
+        """Of none of them."""
+        return [self.key(int(index)) for index in indices]
+
+    def cells(self, index: int) -> Cells:
+        """There are none. Raises IndexError."""
+        raise IndexError(f"no row {index}: the source has none")
+
+    def saved(self) -> Mapping[str, Stored]:
+        """Nothing."""
+        return {}
+
+
 class Listing(Protocol):
     """A source before its rows are looked at. Making one must be cheap too: what is slow waits for `found`."""
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from stages.placed import newest, placed_adapters, target_of, total_rank
-from stages.plan import Stage
+from stages.plan import MOST_RANK, Stage
 from stages.problems import Location, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
 from stages.resolved import resolved_storage
@@ -17,6 +17,7 @@ _WORDS = ("adapter", "full", "default", "pytorch_lora_weights")
 def adapter_problems(read: ReadPlan) -> Iterator[Problem]:
     """What is wrong with adapters and with handing them on."""
     yield from _names(read)
+    yield from _experts(read)
     taught = read.plan.start is not None  # whether an adapter has come as far as this stage
     for index, stage in enumerate(read.plan.stages):
         if stage.train == "full":
@@ -42,6 +43,31 @@ def _names(read: ReadPlan) -> Iterator[Problem]:
             yield Problem(place, written(("adapters", name)), f"a name that weights are told apart by has no '.' and no 'lora_' in it; write {re.sub('[.]|lora_', '', name) or 'another'}")
         if settings.variant == "dora" and len(adapters) > 1:
             yield _at(read, ("adapters", name, "variant"), "several adapters are published as one, and DoRA cannot be joined with others; choose lora or rslora, or give the plan one adapter")
+
+
+def _experts(read: ReadPlan) -> Iterator[Problem]:
+    """Whether each adapter belongs to one of a model's experts, where stages train several."""
+    plan = read.plan
+    experts = list(dict.fromkeys(stage.expert for stage in plan.stages if stage.train != "full"))
+    if len(experts) < 2 or None in experts:
+        return
+    for index, stage in enumerate(plan.stages):
+        location: Location = ("stages", index, "train")
+        if stage.train == "full":
+            continue
+        if not plan.adapters:
+            if stage.expert != experts[0]:
+                yield _at(read, location, f"expert {stage.expert} is a transformer of its own, and stages before train the plan's one adapter on {experts[0]}; name an adapter for each in `adapters`, and write train: [NAME]")
+            continue
+        names = [target_of(entry, list(plan.adapters))[0] for entry in (stage.train if isinstance(stage.train, list) else ["adapter"])]
+        if None in names:
+            yield _at(read, location, f"the model's experts have adapters of their own; name those that expert {stage.expert} has, train: [NAME] (adapters: {listed(plan.adapters)})")
+        for name in dict.fromkeys(name for name in names if name is not None):
+            others = [other for other in plan.stages[:index] if other.expert != stage.expert and isinstance(other.train, list) and any(target_of(entry, list(plan.adapters))[0] == name for entry in other.train)]
+            if others:
+                yield _at(read, location, f"adapter '{name}' is trained on expert {others[0].expert} in stage '{others[0].name}', and expert {stage.expert} is another transformer; give it an adapter of its own")
+        if stage.handoff.adapter == "merge":
+            yield _at(read, ("stages", index, "handoff", "adapter"), "'merge' folds adapters into one transformer, and stages of this plan train two; choose continue")
 
 
 def _entries(read: ReadPlan, index: int, stage: Stage) -> Iterator[Problem]:
@@ -79,6 +105,8 @@ def _way(read: ReadPlan, index: int, stage: Stage, *, taught: bool) -> Iterator[
     if plan.adapter.variant == "dora" and way in ("shrink", "stack") and not plan.adapters:
         why = "the lengths of its rows are no product" if way == "shrink" else "DoRA cannot be joined with others, and they are published as one"
         yield _at(read, at_way, f"'{way}' of a DoRA: {why}; choose continue, grow or merge")
+    elif rank > MOST_RANK:
+        yield _at(read, at_way, f"'{way}' to rank {rank:,}, twice what there was, is above {MOST_RANK:,}; give a rank")
     elif index > 0 and way == "grow" and rank <= old:
         yield _at(read, (*location, "rank"), f"'grow' to rank {rank}, and the adapter has rank {old}; give a larger rank" + (", or choose shrink" if rank < old else ""))
     elif index > 0 and way == "shrink" and rank >= total_rank(before) and (len(before) == 1 or rank > total_rank(before)):

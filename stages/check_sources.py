@@ -72,7 +72,7 @@ def source_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
             if source.take is not None and source.take.count is not None and most is not None and source.take.count > most:
                 raise Wrong(f"{source.take.count:,} rows are asked for, and there are {most:,}", "take.count")
         except Wrong as error:
-            location = ("sources", name, *error.field.split("."))
+            location = ("sources", name, *(error.field.split(".") if error.field else ()))
             place = read.place(*location) if location in read.places else read.place("sources", name, "path")
             yield Problem(place, written(location), str(error))
     accuracy = read.plan.evaluate.accuracy
@@ -92,9 +92,26 @@ def source_notes(read: ReadPlan) -> Iterator[Problem]:
             yield Problem(place, f"sources.{name}.path", f"{quoted(source.path)} lies on the Hub, which was not asked")
 
 
+def _prior(source: Source, root: Path) -> int:
+    """Look at what images a model is to make, and say how many. Raises Wrong."""
+    prior = source.prior
+    assert prior is not None
+    if source.path:
+        raise Wrong("the model makes the rows of `prior` itself, and a path is given too; remove one of the two", "path")
+    if source.task != "text_to_image":
+        raise Wrong(f"'{source.task}', but what the model makes from prompts alone is text_to_image; remove it", "task")
+    if isinstance(prior.prompts, str) and not os.path.isfile(place_of(root, prior.prompts)):
+        raise Wrong(missing(root, prior.prompts), "prior.prompts")
+    return prior.count
+
+
 def _most_rows(source: Source, root: Path) -> int | None:
     """Look at a source, and say how many rows it has at most; None if that is not counted cheaply. Raises Wrong."""
+    if source.prior is not None:
+        return _prior(source, root)
     path = source.path
+    if not path:
+        raise Wrong("says nothing of where its rows are; give `path`, or `prior` for images that the model makes itself", "")
     if path.startswith("hub/"):
         if not re.fullmatch(r"hub/[\w.-]+/[\w.-]+", path):
             raise Wrong(f"{quoted(path)}: a dataset of the Hub is written hub/USER/DATASET")

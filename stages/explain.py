@@ -53,7 +53,7 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
     micro-batch or a step may have.
     """
     repo = plan.model if isinstance(plan.model, str) else plan.model.repo
-    known = f" ({model.family}, {_short(model.parameters)} parameters)" if model else ""
+    known = f" ({model.family}, {short(model.parameters)} parameters)" if model else ""
     stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
     _say(console, Text.assemble((plan.name, "bold"), f": {repo}{known}, {stages}, seed {plan.seed}"))
     total: Counter[str] = Counter()
@@ -90,11 +90,16 @@ def explain_run(plan: Plan, console: Console) -> None:
     """
     from stages.model_facts import model_facts  # imports diffusers
     from stages.open_sources import open_selections
+    from stages.prior import planned, priors_made
     from stages.verify_cache import kept
 
-    selections = open_selections(plan, Path.cwd())
+    selections = open_selections(plan, Path.cwd(), priors_made(plan, Path.cwd()))
+    missing = [name for name in plan.sources if name not in selections]
+    everything = {name: selections[name] if name in selections else planned(plan, name) for name in plan.sources}
     try:
-        explain(plan, selections, model_facts(plan), console)
+        explain(plan, everything, model_facts(plan), console)
+        for name in missing:
+            _say(console, Text(f"source {name}: its images are made by the model before training, which takes time too", style="dim"))
         for line in kept(plan, selections):
             _say(console, Text(line, style="dim"))
     except ValueError as error:
@@ -117,15 +122,15 @@ def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | No
     seen = f"at {resolution_words(stage)} pixels"
     if model:
         tokens = sorted({cell.tokens for cell in order.cells})
-        seen += f", {_between(tokens)} tokens each with references and prompt: {_short(mixture.tokens_before(stage.steps))} tokens"
+        seen += f", {_between(tokens)} tokens each with references and prompt: {short(mixture.tokens_before(stage.steps))} tokens"
     rows["images"] = seen
     if stage.handoff.adapter != "continue":
         rows["adapter"] = _handed_on(plan, index)
     rows["trains"] = _trains(stage, list(plan.adapters), model.trainable[index] if model else None)
     rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
-    rows["rate"] = _rate(resolved_rate(stage), stage.steps)
+    rows["rate"] = rate_words(resolved_rate(stage), stage.steps)
     if model:
-        size = _in_bytes(_bytes(index, stage, model))
+        size = byte_words(stage_bytes(index, stage, model))
         rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top"
     for name, fact in rows.items():
         facts.add_row(name, Text(fact))  # a Text, so that the brackets of a pattern are no markup
@@ -155,7 +160,7 @@ def _handed_on(plan: Plan, index: int) -> str:
 
 
 def _trains(stage: Stage, names: Sequence[str], parameters: int | None) -> str:
-    count = f", {_short(parameters)} parameters" if parameters is not None else ""
+    count = f", {short(parameters)} parameters" if parameters is not None else ""
     if stage.train == "full":
         what = "the transformer's own weights"
     elif stage.train == "adapter":
@@ -172,13 +177,14 @@ def _trains(stage: Stage, names: Sequence[str], parameters: int | None) -> str:
     return what + count + average
 
 
-def _bytes(index: int, stage: Stage, model: ModelFacts) -> int:
+def stage_bytes(index: int, stage: Stage, model: ModelFacts) -> int:
+    """Bytes of a stage's weights, gradients and optimizer; activations come on top. index: the stage's number, from 0."""
     trained = model.trainable[index] * (_BYTES_OF_TRAINED + (_BYTES_OF_AVERAGE if stage.ema is not None else 0))
     return trained + (0 if stage.train == "full" else model.base_bytes[resolved_storage(stage)])
 
 
-def _rate(rate: LearningRate, steps: int) -> str:
-    """From the first step to the last."""
+def rate_words(rate: LearningRate, steps: int) -> str:
+    """A learning rate from the first step to the last, in words."""
     peak = _scientific(rate.peak)
     start = f"{_scientific(rate.warmup_from)} at step 0, {peak} from step {rate.warmup:,}" if rate.warmup else f"{peak} from the first step"
     if rate.schedule == "constant":
@@ -278,7 +284,7 @@ def _totals(plan: Plan, tokens: int | None, total: Mapping[str, int], selections
         rows = ["a stream", ""] if selection.stream else [f"{selection.size:,}", Text(_epochs(count, selection.size), style=many)]
         table.add_row(Text(name), source.task, f"{count:,}", *rows)
     if tokens is not None:
-        table.columns[0].footer = f"sum, {_short(tokens)} tokens"
+        table.columns[0].footer = f"sum, {short(tokens)} tokens"
     return table
 
 
@@ -320,15 +326,16 @@ def _scientific(value: float) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def _short(number: int) -> str:
-    """531 k, 11.9 B."""
+def short(number: int) -> str:
+    """A number in few digits: 531 k, 11.9 B."""
     for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return str(number)
 
 
-def _in_bytes(size: int) -> str:
+def byte_words(size: int) -> str:
+    """A number of bytes in words: 22.2 GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"

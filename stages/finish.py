@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
-from stages.handoff import ADAPTER_FILE, build_model, probe, probe_batches
+from stages.handoff import ADAPTER_FILE, build_model, carried, probe, probe_batches
 from stages.precision import StagePrecision
 from stages.publish import model_card, publish_adapter
 from stages.reader import to_yaml
@@ -52,7 +52,7 @@ def finish(run: Run) -> None:
             if checkpoint.has("ema"):
                 for name, value in checkpoint.tensors("ema").items():
                     trainable[name].data.copy_(value)
-                weights = adapter_weights(model)
+                weights = {**carried(run.plan, stage, run.baton.adapter), **adapter_weights(model)}
             saw = probe(run.family, model, batches, precision, run.plan.seed)
             del model, trainable
             versions = run.versions

@@ -21,7 +21,7 @@ from stages.checkpoint import Checkpoint, read_checkpoint
 from stages.families.family import Family
 from stages.objectives import flow
 from stages.pairs import grown, joined, layers_of, merged, ranks_of, rescaled, shrunk
-from stages.placed import DEFAULT, Placed, placed_adapters
+from stages.placed import DEFAULT, Placed, all_adapters, placed_adapters
 from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import PlanError
@@ -106,7 +106,7 @@ def hand_on(family: Family, plan: Plan, stage: Stage, baton: Baton) -> HandedOn:
 def _folded(family: Family, plan: Plan, stage: Stage, baton: Baton, before: Mapping[str, Placed]) -> dict[str, Tensor]:
     """The base's weights with the adapters folded in, float32."""
     assert baton.adapter is not None
-    weights = {name: value.detach().cpu() for name, value in family.load_transformer(torch.float32, baton.base).state_dict().items()}
+    weights = {name: value.detach().cpu() for name, value in family.load_transformer(torch.float32, baton.base, stage.expert).state_dict().items()}
     for name, placed in before.items():
         own = of_adapter(baton.adapter, name)
         for layer in layers_of(own):
@@ -114,19 +114,27 @@ def _folded(family: Family, plan: Plan, stage: Stage, baton: Baton, before: Mapp
     return weights
 
 
+def carried(plan: Plan, stage: Stage, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pairs that do not stand on a stage's model, since they are another expert's: its checkpoints carry them along."""
+    index = plan.stages.index(stage)
+    elsewhere = all_adapters(plan, index).keys() - placed_adapters(plan, index).keys()
+    return {saved_name(name, each): value for name in sorted(elsewhere) for each, value in of_adapter(weights, name).items()}
+
+
 def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Baton) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A stage's transformer with what trains in it, by name.
 
     place: the stage's place in the plan, for errors. baton: as `hand_on` gives it; an adapter of which it has nothing begins afresh.
     """
-    model = family.load_transformer(DTYPES[resolved_storage(stage)], baton.base)
+    model = family.load_transformer(DTYPES[resolved_storage(stage)], baton.base, stage.expert)
     placed = placed_adapters(plan, plan.stages.index(stage))
     if stage.train != "full":
         place_adapters(model, placed, family.target_patterns, plan.seed)
         if baton.adapter is not None:
             fresh = {name for name in placed if not of_adapter(baton.adapter, name)}
             begun = {each: value for each, value in adapter_weights(model).items() if (each.rpartition(":")[0] or DEFAULT) in fresh}
-            load_adapter_weights(model, {**begun, **baton.adapter}, baton.origin)
+            others = carried(plan, stage, baton.adapter)
+            load_adapter_weights(model, {**begun, **{each: value for each, value in baton.adapter.items() if each not in others}}, baton.origin)
         if stage.precision != "fp32":
             without_input_casts(model)
     trainable = choose_trainable(model, stage.train, f"{place}.train", frozen=[name for name, each in placed.items() if each.frozen])
@@ -200,6 +208,8 @@ def deltas(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[s
 def cause_of_change(before: Stage, after: Stage) -> str | None:
     """Why the function may change from one stage to the next, or None if it must not."""
     causes = []
+    if before.expert != after.expert:
+        causes.append(f"another transformer, expert {before.expert} -> {after.expert}")
     if after.handoff.adapter == "shrink":
         causes.append("the adapter was shrunk")
     if after.handoff.adapter == "merge" and resolved_storage(after) != "fp32":

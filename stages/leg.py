@@ -31,7 +31,7 @@ from stages.ledger import ledger_entry
 from stages.objective import Objective
 from stages.objectives.parts import Part
 from stages.optim import Average, optimizer_state
-from stages.placed import placed_adapters
+from stages.placed import all_adapters
 from stages.plan import Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
@@ -78,6 +78,8 @@ class Leg:
     stage: Stage
     base_file: Path | None
     """The weights of the transformer that the stage began with; None for the model as the plan names it."""
+    carried: dict[str, Tensor]
+    """Adapters of other experts, which the checkpoints carry along."""
     drawing: Drawing
     """What is told which images are computed, for the adapters' dropout."""
     mixture: StageMixture
@@ -348,7 +350,7 @@ class Leg:
                 "stage": stage.name,
                 "index": self.index,
                 "finished": finished,
-                "adapters": {name: placed.settings.model_dump(mode="json") for name, placed in placed_adapters(run.plan, self.index).items()},
+                "adapters": {name: placed.settings.model_dump(mode="json") for name, placed in all_adapters(run.plan, self.index).items()},
                 "plan": run.recorded(stage),
                 "base": None if base is None or stage.train == "full" else os.path.relpath(base, place),
                 "scaler": self.precision.scaler.state_dict(),
@@ -369,7 +371,7 @@ class Leg:
             if stage.train == "full":
                 tensors["transformer"] = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
             else:
-                tensors["adapter"] = adapter_weights(self.model)
+                tensors["adapter"] = {**self.carried, **adapter_weights(self.model)}
             if self.average:
                 tensors["ema"] = {name: value.cpu() for name, value in self.average.values.items()}
             if probed is not None:

@@ -16,7 +16,7 @@ from stages.dropout import add_dropout
 from stages.encode import kept_latents
 from stages.evaluate import Measured
 from stages.feed import stage_mixture
-from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
+from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window
 from stages.objective import Objective
 from stages.open_lanes import open_lanes
@@ -49,8 +49,11 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         handed = _handed_on(run, index, stage, checkpoint)
         baton = handed.baton
         model, trainable = build_model(run.family, run.plan, stage, place, baton)
+        others = carried(run.plan, stage, baton.adapter or {})
         if checkpoint and stage.train != "full":
-            load_adapter_weights(model, checkpoint.tensors("adapter"), str(checkpoint.folder))
+            weights = checkpoint.tensors("adapter")
+            others = carried(run.plan, stage, weights)
+            load_adapter_weights(model, {name: value for name, value in weights.items() if name not in others}, str(checkpoint.folder))
         drawing = add_dropout(model, placed_adapters(run.plan, index), trainable.values())
     except (TargetError, JudgeError) as error:
         raise PlanError.at("", str(error)) from None
@@ -72,6 +75,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         index=index,
         stage=stage,
         base_file=baton.base,
+        carried=others,
         drawing=drawing,
         mixture=mixture,
         lanes=lanes,
@@ -186,7 +190,8 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], 
     assert last is not None
     before = run.plan.stages[int(last.state["index"])]
     cause, kept = cause_of_change(before, leg.stage), [_carried(leg), *kept]
-    old = last.tensors("probe")
+    # Another expert is another transformer: what the last stage's gave says nothing of this one.
+    old = last.tensors("probe") if before.expert == leg.stage.expert else {}
     with leg.still():
         outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
     base = run.base(before)[1] if run.shapes(before) != run.shapes(leg.stage) else base_outputs
@@ -197,6 +202,9 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], 
     if handed.errors:
         record |= {"errors": dict(handed.errors), "error": say_errors(leg, handed.errors)}
     run.log.write(record)
+    if not delta and before.expert != leg.stage.expert:
+        run.log.say(f"  handed on from '{before.name}': {', '.join(kept)} ({cause})")
+        return
     if not delta:
         run.log.warn(f"handoff from '{before.name}': the rows that it was measured on are gone, so the change of the function is not known", leg.stage.name, 0)
         return

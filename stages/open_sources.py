@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mixing.bad_rows import SourceError
@@ -20,22 +21,26 @@ def index_folder(plan: Plan) -> Path | None:
     return None if plan.cache == "none" else Path(plan.cache.folder) / "index"
 
 
-def open_selections(plan: Plan, root: Path) -> dict[str, Selection]:
-    """Open every source and choose its rows. root: the folder that relative paths start from. Raises PlanError naming the source."""
+def open_selections(plan: Plan, root: Path, priors: Mapping[str, Path]) -> dict[str, Selection]:
+    """Open every source and choose its rows. root: the folder that relative paths start from. priors: where the images of a source that the model makes
+    itself lie; one that is not among them is left out. Raises PlanError naming the source."""
     selections = {}
     for name, source in plan.sources.items():
+        if source.prior is not None and name not in priors:
+            continue
+        path = str(priors[name].absolute()) if name in priors else source.path
         try:
-            selections[name] = _stream(name, source, plan, root) if source.stream else _selection(name, source, plan, root)
+            selections[name] = _stream(name, source, plan, root) if source.stream else _selection(name, source, path, plan, root)
         except (SourceError, ValueError) as error:
             raise PlanError.at("", str(error)) from None
     return selections
 
 
-def _selection(name: str, source: Source, plan: Plan, root: Path) -> Selection:
+def _selection(name: str, source: Source, path: str, plan: Plan, root: Path) -> Selection:
     index, take = index_folder(plan), source.take
     opened = open_source(
         name,
-        path=source.path,
+        path=path,
         task=source.task,
         columns=source.columns,
         prompt=source.prompt,

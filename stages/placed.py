@@ -41,15 +41,37 @@ def scale_of(settings: Adapter) -> float:
 def placed_adapters(plan: Plan, index: int) -> Mapping[str, Placed]:
     """The adapters that stand on the model in a stage, by name; those that a handoff brings are named after the handoff.
 
-    index: the stage's number, from 0; -1 for what stands before the first.
+    index: the stage's number, from 0; -1 for what stands before the first. Of a model with experts those that stages of this expert train, since
+    each expert is a transformer of its own.
     """
+    everything, expert = all_adapters(plan, index), plan.stages[max(index, 0)].expert
+    owners = experts_of(plan)
+    own = {name: placed for name, placed in everything.items() if index < 0 or owners.get(name, {expert}) == {expert}}
+    return MappingProxyType(own)
+
+
+def experts_of(plan: Plan) -> dict[str, set[str | None]]:
+    """The experts whose stages name an adapter in `train`, by the adapter's name; empty where the plan has one adapter, or all stages one expert."""
+    if not plan.adapters or len({stage.expert for stage in plan.stages}) < 2:
+        return {}
+    found: dict[str, set[str | None]] = {name: set() for name in plan.adapters}
+    for stage in plan.stages:
+        for entry in stage.train if isinstance(stage.train, list) else ():
+            name, _ = target_of(entry, list(plan.adapters))
+            if name is not None:
+                found[name].add(stage.expert)
+    return found
+
+
+def all_adapters(plan: Plan, index: int) -> Mapping[str, Placed]:
+    """As `placed_adapters`, of all experts: what a stage's checkpoints hold."""
     placed: Mapping[str, Placed] = {DEFAULT: Placed(_filled(plan.adapter))}
     if plan.adapters:
         placed = {name: Placed(_filled(settings), place=f"adapters.{name}") for name, settings in plan.adapters.items()}
     for number, stage in enumerate(plan.stages[: index + 1]):
         if stage.train != "full" and (number > 0 or plan.start is not None):
             placed = _handed_on(placed, stage.handoff, plan, is_start=number == 0)
-    return MappingProxyType(dict(placed))
+    return placed
 
 
 def newest(placed: Mapping[str, Placed]) -> Placed:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST_RANK = 4096
 BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(MB|GB|TB|MiB|GiB|TiB)$"
 
 Task = Literal["text_to_image", "subject", "control", "edit", "other", "entity"]
@@ -27,7 +28,7 @@ Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Side = Annotated[int, Field(strict=True, ge=1, le=16384)]
 Bytes = Annotated[str, Field(pattern=BYTES_PATTERN, max_length=20)]
-Rank = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Rank = Annotated[int, Field(strict=True, ge=1, le=MOST_RANK)]
 
 
 class _Word(BaseModel):

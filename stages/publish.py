@@ -19,7 +19,7 @@ from stages.checkpoint import sync
 from stages.families.family import Family
 from stages.handoff import ADAPTER_FILE, probe, same_outputs
 from stages.pairs import joined, ranks_of
-from stages.placed import newest, placed_adapters, scale_of, total_rank
+from stages.placed import all_adapters, newest, placed_adapters, scale_of, total_rank
 from stages.plan import Adapter, Model, Plan
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import RunError
@@ -55,10 +55,10 @@ def publish_adapter(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    placed = placed_adapters(plan, len(plan.stages) - 1)
     one, settings = as_one(plan, weights)
     write_adapter(partial / ADAPTER_FILE, one, settings, notes)
-    for name, each in placed.items() if len(placed) > 1 else ():
+    everything = all_adapters(plan, len(plan.stages) - 1)
+    for name, each in everything.items() if len(everything) > 1 else ():
         write_adapter(partial / f"{name}.safetensors", of_adapter(weights, name), each.settings, notes)
     if sheet.exists():
         shutil.copyfile(sheet, partial / "previews.png")
@@ -92,7 +92,7 @@ def as_one(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tens
         ((name, only),) = placed.items()
         return of_adapter(weights, name), only.settings
     rank = total_rank(placed)
-    return joined([(of_adapter(weights, name), each.scale) for name, each in placed.items()]), Adapter(rank=rank, alpha=rank)
+    return joined([(of_adapter(weights, name), each.scale) for name, each in placed.items()]), Adapter().model_copy(update={"rank": rank, "alpha": float(rank)})
 
 
 def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: float) -> float:

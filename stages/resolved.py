@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from stages.placed import newest, placed_adapters
 from stages.objectives.windows import Windows
+from stages.placed import newest, placed_adapters
 from stages.plan import Batch, Change, LearningRate, Level, Plan, Ramped, Stage, Storage
 
 

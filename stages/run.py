@@ -45,6 +45,7 @@ from stages.open_cache import open_cache
 from stages.open_sources import index_folder, open_selections
 from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision, start_accelerator
+from stages.prior import is_made, make_prior, prior_folder
 from stages.problems import PlanError, RowsError, RunError
 from stages.reader import to_yaml
 from stages.resolved import main_resolution, resolved_storage, windows_of
@@ -213,7 +214,7 @@ class Run:
         known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
         if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
             precision = StagePrecision(stage.precision, self.accelerator.device)
-            transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None)
+            transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None, stage.expert)
             measured = evaluate(
                 self.family,
                 transformer,
@@ -282,8 +283,9 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
                 least = min(budget.first, budget.last)
                 message = f"a step of {least} image{'s' if least > 1 else ''} cannot be shared by {accelerator.num_processes} processes; start fewer, or make batch larger"
                 raise PlanError.at(f"stages[{index}].batch", message)
-        selections = _opened(plan, accelerator)
         model = fingerprint(plan.model)
+        priors = _priors(plan, model, folder, accelerator, console)
+        selections = _opened(plan, accelerator, priors)
         for name, selection in selections.items():
             if selection.stream is not None and selection.stream.num_lanes < accelerator.num_processes:
                 lanes = "1 lane" if selection.stream.num_lanes == 1 else f"{selection.stream.num_lanes} lanes"
@@ -334,15 +336,26 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
             stop.close()
 
 
-def _opened(plan: Plan, accelerator: Accelerator) -> dict[str, Selection]:
+def _priors(plan: Plan, model: str, folder: Path, accelerator: Accelerator, console: Console) -> dict[str, Path]:
+    """Where the images lie that the model makes itself; those that are not there are made."""
+    places = {name: prior_folder(plan, name, model, Path.cwd(), folder) for name, source in plan.sources.items() if source.prior is not None}
+    if missing := [name for name, place in places.items() if not is_made(place)]:
+        family = open_family(plan.model, accelerator.device)
+        accelerator.wait_for_everyone()  # all have seen what is missing before any of it is made
+        for name in missing:
+            make_prior(plan, name, places[name], family, accelerator, Path.cwd(), console.print if accelerator.is_main_process else lambda message: None)
+    return places
+
+
+def _opened(plan: Plan, accelerator: Accelerator, priors: Mapping[str, Path]) -> dict[str, Selection]:
     """The sources; the main process looks at them first, and the others read what it has noted."""
     if index_folder(plan) is None:
-        return open_selections(plan, Path.cwd())
+        return open_selections(plan, Path.cwd(), priors)
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
-        return open_selections(plan, Path.cwd())
+        return open_selections(plan, Path.cwd(), priors)
     try:
-        return open_selections(plan, Path.cwd())
+        return open_selections(plan, Path.cwd(), priors)
     finally:
         accelerator.wait_for_everyone()  # also where the plan is wrong: then the others find that out too
 

@@ -59,7 +59,7 @@ def _at_the_plans_scale(plan: Plan, weights: Mapping[str, Tensor], trained: Mapp
     if not plan.adapters and len(trained) > 1:  # several, of which the plan knows one: what all of them add together
         one = joined([(of_adapter(weights, name), scale_of(settings)) for name, settings in trained.items()])
         rank = sum(settings.rank for settings in trained.values())
-        weights, trained = one, {DEFAULT: Adapter(rank=rank, alpha=rank)}
+        weights, trained = one, {DEFAULT: Adapter().model_copy(update={"rank": rank, "alpha": float(rank)})}
     elif not plan.adapters:
         ((name, settings),) = trained.items()
         weights, trained = of_adapter(weights, name), {DEFAULT: settings}

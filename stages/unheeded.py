@@ -36,6 +36,9 @@ def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
     for index, stage in enumerate(plan.stages):
         for location, reason in _of_stage(stage, is_first=index == 0 and plan.start is None, several=bool(plan.adapters)):
             yield ("stages", index, *location), reason
+        if index == 0 and plan.start is not None:
+            for field in ("optimizer", "ema") if stage.ema is not None else ("optimizer",):
+                yield ("stages", index, "handoff", field), "`start` brings weights and nothing else; remove it"
     if plan.evaluate.rows == 0:
         yield ("evaluate", "every"), "with evaluate.rows: 0 nothing is held out to measure; remove it, or hold rows out"
         yield ("evaluate", "accuracy"), "with evaluate.rows: 0 there are no held-out captions; remove it, or hold rows out"
@@ -45,6 +48,9 @@ def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
 
 def _of_source(name: str, source: Source, plan: Plan) -> Iterator[tuple[Location, str]]:
     location: Location = ("sources", name)
+    if source.prior is not None:
+        for field in ("columns", "prompt", "split", "stream"):
+            yield (*location, field), "the model makes the images of `prior` and their captions itself; remove it"
     if source.stream:
         for field in ("where", "take"):
             yield (*location, field), "a stream is read as it comes, and rows are not chosen from it; remove it, or leave `stream` out"

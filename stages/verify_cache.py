@@ -21,7 +21,6 @@ from mixing.keys import key
 from mixing.permutation import permute
 from mixing.reading import Latents, Seen, View, read_row, to_float
 from mixing.selected import Selection
-from mixing.tasks import without_placeholders
 from stages.cache import Verified, text_tensors, verify
 from stages.digests import FileDigests
 from stages.encode import KeptLatents
@@ -31,6 +30,7 @@ from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
 from stages.open_sources import open_selections
 from stages.plan import Plan
+from stages.prior import priors_made
 from stages.precision import choose_device
 from stages.problems import PlanError
 from stages.resolved import resolved_levels
@@ -73,7 +73,7 @@ def verify_cache(plan: Plan, console: Console) -> bool:
     if not (has_latents or plan.cache.text):
         raise PlanError.at("cache", "it keeps neither latents nor text, so there is nothing that could be verified")
     cache = open_cache(folder, family, plan.cache, "verify")
-    selections = open_selections(plan, Path.cwd())
+    selections = open_selections(plan, Path.cwd(), priors_made(plan, Path.cwd()))
     tolerance = 1e-5 if device.type == "cpu" else 2e-2
     sound = True
     found: dict[str, Verified] = {}
@@ -159,8 +159,8 @@ def _texts(plan: Plan, family: Family, selections: Mapping[str, Selection]) -> I
             except UnreadableRow:
                 continue
             said = [plain([prompt], selection.captions) for prompt in cells.prompts]
-            for prompt in [*(without_placeholders(each) for each in said), *(region.prompt for region in cells.regions)]:
-                text = prompt or family.architecture.empty_prompt
+            for prompt in [*said, *(region.prompt for region in cells.regions)]:
+                text = family.said(prompt)
                 yield text_key(text, family.text_identity), partial(_text, family, text)
 
 

@@ -171,16 +171,16 @@ def test_the_shift_is_that_of_the_pipelines_default_number_of_steps(families: di
     pipe.set_progress_bar_config(disable=True)
     pipe(prompt=PROMPTS[:1], height=16, width=16, guidance_scale=1.0, latents=latents_of(family, 16, 16, 1), output_type="latent")
     steps = len(pipe.scheduler.timesteps)
-    even, s = torch.linspace(1, 1 / steps, steps), family.shift(16)
+    even, s = torch.linspace(1, 1 / steps, steps), family.architecture.shift(family.model, 16)
     assert steps == 50
     assert largest(s * even / (1 + (s - 1) * even), pipe.scheduler.sigmas[:-1].float()) <= 1e-6
     assert [round(float(np.exp(compute_empirical_mu(4096, number))), 1) for number in (50, 4, 200)] == [7.6, 9.9, 3.2]
-    assert family.shift(4096) == pytest.approx(7.6, abs=0.05)
-    assert family.shift(4301) == pytest.approx(float(np.exp(compute_empirical_mu(4301, 4))))
-    assert family.shift(4301) < family.shift(4300) / 2
+    assert family.architecture.shift(family.model, 4096) == pytest.approx(7.6, abs=0.05)
+    assert family.architecture.shift(family.model, 4301) == pytest.approx(float(np.exp(compute_empirical_mu(4301, 4))))
+    assert family.architecture.shift(family.model, 4301) < family.architecture.shift(family.model, 4300) / 2
     assert largest(family.sigmas(4, 16)[1:4], family.sigmas(8, 16)[2:8:2]) > 1e-3  # the number of steps counts when sampling
     fixed = open_family(str(build(tmp_path / "m", klein=True, dynamic=False)), CPU)
-    assert fixed.shift(16) == fixed.shift(4096) == 3.0
+    assert fixed.architecture.shift(fixed.model, 16) == fixed.architecture.shift(fixed.model, 4096) == 3.0
 
 
 def test_the_timestep_is_seen_as_it_is_in_half_precision(families: dict[str, Family]) -> None:

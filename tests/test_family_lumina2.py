@@ -158,7 +158,7 @@ def test_the_shift_is_the_pipelines_own(families: dict[str, Family], kind: str) 
     for height, width in ((16, 16), (64, 64)):
         pipe.set_progress_bar_config(disable=True)
         pipe(PROMPTS[:1], height=height, width=width, num_inference_steps=4, guidance_scale=1.0, latents=latents_of(family, height, width, 1), output_type="latent")
-        s = family.shift((height // 4) * (width // 4))
+        s = family.architecture.shift(family.model, (height // 4) * (width // 4))
         shifted = s * even[:4] / (1 + (s - 1) * even[:4])
         assert largest(shifted, pipe.scheduler.sigmas[:4].float()) <= 1e-6
     wanted = 6.0 if kind == "lumina2" else float(torch.tensor(calculate_shift(4, 256, 4096, 0.5, 1.15)).exp())

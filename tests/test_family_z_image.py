@@ -132,11 +132,11 @@ def test_target_words_find_what_they_promise(family: Family, transformer: nn.Mod
 
 
 def test_shift_is_the_schedulers_own(tmp_path: Path, family: Family) -> None:
-    assert family.shift(16) == 3.0
+    assert family.architecture.shift(family.model, 16) == 3.0
     dynamic = Family(ZImage(), str(build(tmp_path / "d", dynamic=True)), None, None, CPU)
-    shift, t = dynamic.shift(16), torch.linspace(1, 0.25, 4)
+    shift, t = dynamic.architecture.shift(dynamic.model, 16), torch.linspace(1, 0.25, 4)
     assert torch.allclose(dynamic.sigmas(4, 16)[:-1], shift * t / (1 + (shift - 1) * t), atol=1e-6)
-    assert dynamic.shift(64) > shift > 1
+    assert dynamic.architecture.shift(dynamic.model, 64) > shift > 1
 
 
 def test_the_timestep_is_seen_as_it_is_in_bf16(family: Family, transformer: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from models import tiny_flux
 from stages.cache import Cache
-from stages.families.base import Text
+from stages.families.base import RegionTexts, Text
 from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.families.open import ModelError, fingerprint, open_family
@@ -263,3 +263,30 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(str(folder)) == before
     (folder / "transformer" / "config.json").write_text((folder / "transformer" / "config.json").read_text() + " ")
     assert fingerprint(str(folder)) != before
+
+
+def test_a_prompt_that_names_its_images_says_so_in_words_to_a_model_that_knows_no_placeholders(tmp_path: Path) -> None:
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    named, said = (family.encode_prompts([prompt]) for prompt in ("make <img><|image_1|></img> red", "make image 1 red"))
+    assert torch.equal(named.embeds, said.embeds)
+    assert family.said("make <img><|image_1|></img> red") == "make image 1 red"
+
+
+def test_regions_are_shown_their_own_prompts_where_their_masks_are(tmp_path: Path) -> None:
+    """After the whole transformer everything has changed a little by way of the image; nothing but the region's prompt was changed."""
+    family = Family(Flux(), str(tiny_flux(tmp_path / "m", pixels=True)), None, None, CPU)
+    transformer = family.load_transformer(torch.float32, None)
+    x, t, text = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.5), family.encode_prompts(PROMPTS[:2])
+    masks = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    masks[:, 0, :4] = True
+
+    def predict(prompt: str, masks: Tensor) -> Tensor:
+        with torch.no_grad():
+            return family.predict(transformer, x, t, text, (), regions=RegionTexts((family.encode_prompts([prompt] * 2),), masks))
+
+    red, blue = predict("a red disc", masks), predict("a blue square", masks)
+    changed = (red - blue).abs().amax(dim=1)
+    assert float(changed.max()) > 1e-3
+    assert float(changed[:, :4].mean()) > float(changed[:, 4:].mean())
+    none = torch.zeros_like(masks)
+    assert torch.equal(predict("a red disc", none), predict("a blue square", none)), "a region without a place reaches nothing"

@@ -33,7 +33,7 @@ from stages.checkpoint import read_checkpoint
 from stages.explain import explain
 from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.handoff import ADAPTER_FILE, EXACT, Baton, build_model, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
+from stages.handoff import ADAPTER_FILE, EXACT, Baton, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
 from stages.leg import Leg
 from stages.pairs import grown, joined, layers_of, merged, pair, ranks_of, shrunk
 from stages.placed import Placed, placed_adapters, scale_of
@@ -257,6 +257,21 @@ def test_a_scale_is_alpha_over_the_rank_and_of_rslora_over_its_root() -> None:
     assert scale_of(Adapter(rank=16, alpha=8)) == 0.5
     assert scale_of(Adapter(rank=16, alpha=8, variant="rslora")) == 2
     assert Placed(Adapter(rank=4, alpha=8, variant="dora")).scale == 2
+
+
+def test_adapters_of_another_expert_stand_on_no_stage_and_are_carried_along() -> None:
+    """Each of a model's experts is a transformer of its own."""
+    common = {"steps": 1, "resolution": 64, "batch": 1, "lr": 0.1}
+    stages = [{**common, "name": f"s{number}", "expert": expert, "train": [name]} for number, (expert, name) in enumerate([("high", "rough"), ("low", "fine"), ("high", "rough")])]
+    plan = Plan.model_validate({"model": "x", "sources": {"photos": {"path": "hub/a/b"}}, "adapters": {"rough": {}, "fine": {"rank": 2}}, "stages": stages})
+    assert [list(placed_adapters(plan, index)) for index in range(3)] == [["rough"], ["fine"], ["rough"]]
+    weights = {f"{name}:{each}": value for name in ("rough", "fine") for each, value in drawn(2).items()}
+    for index, name in enumerate(["fine", "rough", "fine"]):
+        assert carried(plan, plan.stages[index], weights).keys() == {each for each in weights if each.startswith(f"{name}:")}
+    assert cause_of_change(plan.stages[0], plan.stages[1]) == "another transformer, expert high -> low"
+    same = plan.model_copy(update={"stages": [stage.model_copy(update={"expert": "high"}) for stage in plan.stages]})
+    assert list(placed_adapters(same, 0)) == ["rough", "fine"]
+    assert not carried(same, same.stages[0], weights)
 
 
 def explained(adapter: dict[str, Any], *stages: dict[str, Any]) -> str:

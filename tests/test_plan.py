@@ -314,6 +314,7 @@ BROKEN_ADAPTERS: dict[str, tuple[str, str, list[str]]] = {
     "stack on several": (ADAPTERS, "handoff: {adapter: stack}", [
         "19:24: stages[1].handoff.adapter: 'stack' is for a plan with one `adapter`, and this one names its `adapters`; those stand beside each other already: say in `train` which of them train here",
     ]),
+    "growth beyond all ranks": ("model: models/tiny\nadapter: {rank: 4096}", "handoff: {adapter: grow}", ["19:24: stages[1].handoff.adapter: 'grow' to rank 8,192, twice what there was, is above 4,096; give a rank"]),
     "rank of several": (ADAPTERS, "base: fp32\n    handoff: {adapter: merge, rank: 3}", ["20:31: stages[1].handoff.rank: each of `adapters` has its own rank; remove it"]),
 }
 
@@ -344,6 +345,30 @@ def test_plans_with_adapters_of_every_kind_are_sound_and_written_out_mean_the_sa
     plan = resolved_plan(read_plan(PLAN).plan)
     assert problems_of(to_yaml(plan)) == []
     assert read_plan(PLAN).plan == plan
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second", "said"),
+    [
+        ("model: models/tiny", "adapter", "adapter", "18:12: stages[1].train: expert low is a transformer of its own, and stages before train the plan's one adapter on high; name an adapter for each in `adapters`, and write train: [NAME]"),
+        (ADAPTERS, "[cond]", "adapter", "19:12: stages[1].train: the model's experts have adapters of their own; name those that expert low has, train: [NAME] (adapters: cond, core)"),
+        (ADAPTERS, "[cond]", "['.*']", "19:12: stages[1].train: the model's experts have adapters of their own; name those that expert low has, train: [NAME] (adapters: cond, core)"),
+        (ADAPTERS, "[cond]", "['cond:.*']", "19:12: stages[1].train: adapter 'cond' is trained on expert high in stage 'expose', and expert low is another transformer; give it an adapter of its own"),
+        (ADAPTERS, "[cond]", "[core]", ""),
+    ],
+)
+def test_each_adapter_belongs_to_one_of_a_models_experts(model: str, first: str, second: str, said: str) -> None:
+    text = GOOD.replace("model: models/tiny", model, 1).replace("batch: 4", f"batch: 4\n    train: {first}").replace("precision: bf16", f"train: {second}")
+    for name, expert in (("expose", "high"), ("refine", "low")):
+        text = text.replace(f"name: {name}", f"name: {name}\n    expert: {expert}")
+    places = [f"plans/x.yaml:{int(said.split(':')[0]) + 2}:{said.partition(':')[2]}"] if said else []
+    assert [line for line in problems_of(text) if "one transformer for all" not in line] == places
+
+
+def test_of_a_start_nothing_but_the_adapter_is_handed_on() -> None:
+    text = GOOD.replace("model: models/tiny", "model: models/tiny\nstart: data").replace("batch: 4", "batch: 4\n    handoff: {adapter: grow, rank: 32, optimizer: keep}")
+    assert problems_of(text) == ["plans/x.yaml:12:40: stages[0].handoff.optimizer: `start` brings weights and nothing else; remove it"]
+    assert problems_of(text.replace(", optimizer: keep", "")) == []
 
 
 def test_an_adapter_is_not_handed_on_in_another_form_after_full_weights_nor_after_a_shrink_beyond_a_stack() -> None:

@@ -47,6 +47,9 @@ class FamilyFacts:
     sizes: Callable[[Read], ModelSizes]
     objective: Literal["flow", "epsilon"] = "flow"
     """What its transformer was trained to predict."""
+    training_shift: float | Literal["by_tokens"] | None = None
+    """The shift of the noise levels that it is best trained with where that is not its sampler's, which may leave hardly a level near the image (docs/families.md
+    has the sources). by_tokens: as FLUX.1, from exp(0.5) at 256 tokens to exp(1.15) at 4096."""
     guidance: float = 1.0
     """What it is usually sampled with, as its pipeline does by default; 1 is none."""
     guidance_is_told: bool = False
@@ -157,8 +160,8 @@ FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
         "omnigen": FamilyFacts({"OmniGenPipeline": _IMAGE_TASKS}, _kl(256), guidance=2.5, names_images=True),
         "pixart": FamilyFacts({"PixArtAlphaPipeline": _TEXT_TASKS, "PixArtSigmaPipeline": _TEXT_TASKS}, _pixart, objective="epsilon", guidance=4.5),
         "sd3": FamilyFacts({"StableDiffusion3Pipeline": _TEXT_TASKS}, _kl(256), guidance=7.0),
-        "flux2": FamilyFacts({"Flux2Pipeline": _IMAGE_TASKS, "Flux2KleinPipeline": _IMAGE_TASKS}, _flux2, guidance=4.0, guidance_is_told=True, fp16_risk=_CLIPS),
-        "lumina2": FamilyFacts({"Lumina2Pipeline": _TEXT_TASKS}, _kl(256), guidance=4.0, fp16_risk=_REPORTED),
+        "flux2": FamilyFacts({"Flux2Pipeline": _IMAGE_TASKS, "Flux2KleinPipeline": _IMAGE_TASKS}, _flux2, training_shift="by_tokens", guidance=4.0, guidance_is_told=True, fp16_risk=_CLIPS),
+        "lumina2": FamilyFacts({"Lumina2Pipeline": _TEXT_TASKS}, _kl(256), training_shift="by_tokens", guidance=4.0, fp16_risk=_REPORTED),
         "sana": FamilyFacts({"SanaPipeline": _TEXT_TASKS}, _sana, guidance=4.5, fp16="its linear attention leaves the range of fp16 under autocast, without a warning"),
         "qwen_image": FamilyFacts(
             dict.fromkeys(("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"), (*_IMAGE_TASKS, "entity")),
@@ -167,7 +170,7 @@ FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
             fp16_risk=_REPORTED,
             prompts_see_references=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         ),
-        "z_image": FamilyFacts({"ZImagePipeline": _TEXT_TASKS}, _kl(512), guidance=5.0, fp16_risk=_REPORTED),
+        "z_image": FamilyFacts({"ZImagePipeline": _TEXT_TASKS}, _kl(512), training_shift=3.0, guidance=5.0, fp16_risk=_REPORTED),
         "wan": FamilyFacts({"WanPipeline": _TEXT_TASKS}, _wan, guidance=5.0, experts=("high", "low")),
     }
 )

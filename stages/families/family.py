@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixing.content import content_hash
+from mixing.tasks import without_placeholders
 from stages.digests import file_digest, folders_digest
 from stages.families.base import Architecture, Configs, Inputs, RegionTexts, Text, TextCache, targets_in
 from stages.families.facts import FAMILIES, Config, FamilyFacts, UnsuitableModel
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 _EXPERT_PARTS = ("transformer", "transformer_2")
 _NONE: Mapping[str, nn.Module] = MappingProxyType({})
+
+_MOST_OF_EXPERTS = 5.0
 
 
 class Family:
@@ -240,13 +244,17 @@ class Family:
             return latents.float().clamp(-1, 1)
         return self.architecture.decode_latents(vae, latents.float()).float().clamp(-1, 1)
 
+    def said(self, prompt: str) -> str:
+        """A prompt as the family is told it: its own word for none, and `image 1` for `<|image_1|>` unless that means something to it."""
+        return (prompt if self.facts.names_images else without_placeholders(prompt)) or self.architecture.empty_prompt
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] = ()) -> Text:
         """Encoded prompts, one at a time: each one's own, bit for bit, whatever else is in the batch.
 
         references: images, each [B, 3, H, W]; looked at where `prompts_see_references`.
         """
-        said = [prompt or self.architecture.empty_prompt for prompt in prompts]
+        said = [self.said(prompt) for prompt in prompts]
         seen = references if self.prompts_see_references else ()
         names = [_name(prompt, [reference[place] for reference in seen]) for place, prompt in enumerate(said)]
 
@@ -295,8 +303,16 @@ class Family:
         return (latents.shape[-2] // self.model.sizes.patch) * (latents.shape[-1] // self.model.sizes.patch)
 
     def shift(self, tokens: int) -> float:
-        """The scheduler's shift s of the noise levels at this number of target tokens: t becomes s t / (1 + (s - 1) t)."""
-        return self.architecture.shift(self.model, tokens)
+        """The shift s that training draws noise levels with at this number of target tokens: t becomes s t / (1 + (s - 1) t).
+
+        The sampler's, or what is known to be better (`FamilyFacts.training_shift`); of a model with two experts at most 5, for its sampler's 12 leaves
+        one of them hardly a level.
+        """
+        asked = self.facts.training_shift
+        if asked == "by_tokens":
+            return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+        own = self.architecture.shift(self.model, tokens)
+        return asked if asked is not None else min(own, _MOST_OF_EXPERTS) if self.experts else own
 
     def expert_range(self, expert: str | None) -> tuple[float, float]:
         """The noise levels, [low, high], that one of several transformers is for; None is the only one, or the first."""

@@ -1,4 +1,4 @@
-"""Attention of Qwen-Image's blocks under a mask of one's own, which regions need: diffusers' processor refuses any (0.42.1, transformer_qwenimage.py, line 509).
+"""Attention of Qwen-Image's blocks under a mask of one's own, which regions need: diffusers' processor refuses any (0.42.1, transformer_qwenimage.py, line 500).
 
 test_diffusers_own_processor_still_refuses_a_mask fails once it no longer does.
 """
@@ -51,7 +51,8 @@ class MaskedAttention:
                 parts[place] = apply_rotary_emb_qwen(norm(parts[place]), angles, use_real=False)
         query, key, value = (torch.cat([of_text, of_image], dim=1).transpose(1, 2) for of_text, of_image in zip(text, image, strict=True))
         joint = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2).to(query.dtype)
-        of_text, of_image = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        words = encoder_hidden_states.shape[1]
+        of_text, of_image = joint[:, :words], joint[:, words:]
         for layer in attn.to_out:
             of_image = layer(of_image)
         return of_image, attn.to_add_out(of_text)

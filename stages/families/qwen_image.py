@@ -139,7 +139,7 @@ class QwenImage:
 
 
 @contextmanager
-def told_of_images(encoder: nn.Module) -> Iterator[None]:
+def told_of_images(encoder: Any) -> Iterator[None]:
     """Inside, Qwen2.5-VL knows which tokens are images', and gives them positions in rows and columns, as it and Qwen-Image-Edit were trained.
 
     Since transformers 5 it has to be told by `mm_token_type_ids`, and takes an image for a line of words if it is not. The Edit pipelines of diffusers
@@ -147,7 +147,7 @@ def told_of_images(encoder: nn.Module) -> Iterator[None]:
     fails once this is no longer needed.
     """
 
-    def tell(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def tell(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if given.get("image_grid_thw") is not None and given.get("mm_token_type_ids") is None and takes_it:
             given = {**given, "mm_token_type_ids": (given["input_ids"] == module.config.image_token_id).int()}
         return args, given

@@ -282,4 +282,5 @@ def _most_tokens(stage: Stage, sources: Mapping[str, SmallSource], multiple: int
     """Tokens of the largest row that the stage may see."""
     side = main_resolution(stage)
     of_reference = max([side, *(stage.buckets.references or ())])
-    return max((side // multiple) ** 2 + each.references * (of_reference // multiple) ** 2 + text_tokens * (1 + each.regions) for each in sources.values())
+    most = max((side // multiple) ** 2 + each.references * (of_reference // multiple) ** 2 + text_tokens * (1 + each.regions) for each in sources.values())
+    return int(most)

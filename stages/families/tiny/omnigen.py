@@ -39,7 +39,7 @@ def build(folder: Path, *, shift: float = 1.0) -> Path:
             pad_token_id=2,
             vocab_size=len(_WORDS),
             rope_scaling={"long_factor": [1.0, 2.0, 3.0, 4.0], "short_factor": [1.0, 1.0, 1.0, 1.0]},
-            pos_embed_max_size=16,
+            pos_embed_max_size=64,
             time_step_dim=16,
         )
         randomise(transformer)

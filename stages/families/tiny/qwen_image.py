@@ -30,7 +30,7 @@ def build(folder: Path, *, pipeline: str = "QwenImagePipeline", clean_references
             axes_dims_rope=(4, 6, 6),
             zero_cond_t=clean_references,
         )
-        randomise(transformer)
+        randomise(transformer, 0.1)
         vae = AutoencoderKLQwenImage(
             base_dim=4,
             z_dim=4,

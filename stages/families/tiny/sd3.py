@@ -27,7 +27,7 @@ def build(folder: Path, *, later: bool = True, dynamic: bool = False) -> Path:
             caption_projection_dim=16,
             pooled_projection_dim=20,
             out_channels=4,
-            pos_embed_max_size=16,
+            pos_embed_max_size=64,
             dual_attention_layers=(0,) if later else (),
             qk_norm="rms_norm" if later else None,
         )
