@@ -35,7 +35,7 @@ def cells(
 
     Errors as `mixing.shares.weights`; ValueError too where an image has more tokens than a micro-batch or a step may have.
     """
-    drawn = weights(mix, {name: selection.counted for name, selection in selections.items()})
+    drawn = weights(mix, {name: selection.size for name, selection in selections.items()}, {name: selection.counted for name, selection in selections.items()})
     least = min(budget.first, budget.last)
     made = []
     for name, weight in drawn.items():

@@ -113,7 +113,7 @@ class StageMixture(Dataset[list[_Read]]):
     ) -> None:
         self.selections = dict(selections)
         self.seed, self.levels, self.budget, self.latents = seed, tuple(levels), budget, latents
-        parts = ramp_steps(mix, {name: selection.counted for name, selection in selections.items()}, budget.steps)
+        parts = ramp_steps(mix, {name: selection.size for name, selection in selections.items()}, budget.steps, {name: selection.counted for name, selection in selections.items()})
         average = {name: float(sum(part[name] for _, part in parts)) for name in parts[0][1]}
         made = cells(selections, average, levels, micro, tokens_of, budget, drawn_before)
         whole: dict[str, Fraction] = {}

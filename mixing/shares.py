@@ -37,21 +37,21 @@ SEGMENTS = 100
 """A ramp has so many steps of its own, at most; inside each the shares stay."""
 
 
-def weights(mix: Mix, sizes: Mapping[str, int]) -> dict[str, Fraction]:
+def weights(mix: Mix, sizes: Mapping[str, int], counted: Mapping[str, int] | None = None) -> dict[str, Fraction]:
     """Exact, unnormalised weights of the sources that are drawn, in the order of `sizes`; those with weight 0 are left out.
 
-    sizes: training rows of every source. Decimal shares are taken as written: 0.1 is one tenth.
+    sizes: training rows of every source. counted: how many a mix by size takes each to have, if other. Decimal shares are taken as written: 0.1 is one tenth.
     Raises ValueError if a named source does not exist, or if a drawn source has no rows, or if nothing is drawn.
     """
     if isinstance(mix, str):
-        asked = {name: Fraction(size) for name, size in sizes.items()}
+        asked = {name: Fraction(size) for name, size in (counted or sizes).items()}
     elif isinstance(mix, Mapping):
         unknown = [name for name in mix if name not in sizes]
         if unknown:
             raise ValueError(f"no source '{unknown[0]}' (sources: {', '.join(sizes)})")
         asked = {name: Fraction(repr(float(mix[name]))) for name in sizes if name in mix}
     else:
-        asked = {name: Fraction(repr(float(size) ** mix.power)) if size else Fraction(0) for name, size in sizes.items()}
+        asked = {name: Fraction(repr(float(size) ** mix.power)) if size else Fraction(0) for name, size in (counted or sizes).items()}
     drawn = {name: weight for name, weight in asked.items() if weight > 0}
     if not drawn:
         raise ValueError("the mix draws nothing: every share is 0")
@@ -68,14 +68,14 @@ def shares(mix: Mix, sizes: Mapping[str, int]) -> dict[str, float]:
     return {name: float(weight / total) for name, weight in asked.items()}
 
 
-def ramp_steps(mix: Mix | Ramp, sizes: Mapping[str, int], steps: int) -> list[tuple[int, dict[str, Fraction]]]:
+def ramp_steps(mix: Mix | Ramp, sizes: Mapping[str, int], steps: int, counted: Mapping[str, int] | None = None) -> list[tuple[int, dict[str, Fraction]]]:
     """From which step on which shares are asked for, adding up to 1, of the sources that are drawn at some time; one entry for a mix that stays.
 
     The shares of a segment are the mean of the ramp over its steps, so that their sum over the stage is the ramp's own. Errors as `weights`.
     """
     if not isinstance(mix, Ramp):
-        return [(0, _normalised(weights(mix, sizes)))]
-    first, last = (_normalised(weights(end, sizes)) for end in (mix.first, mix.last))
+        return [(0, _normalised(weights(mix, sizes, counted)))]
+    first, last = (_normalised(weights(end, sizes, counted)) for end in (mix.first, mix.last))
     names = [name for name in sizes if name in first or name in last]
     number = min(SEGMENTS, steps)
     borders = [part * steps // number for part in range(number + 1)]

@@ -157,8 +157,9 @@ class Source(_Word):
     table's own columns it knows width, height, pixels, aspect, references and prompt. Comes before `take`."""
     take: Take | None = None
     """Cap on the number of rows."""
-    repeat: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
-    """How often the source counts in a mix by size (`natural`, `power`). Rows are not copied; shares given as numbers are not touched."""
+    repeat: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 1
+    """How often the source counts in a mix by size (`natural`, `power`). 0 leaves it out there. Rows are not copied; shares given as numbers are
+    not touched."""
     stream: bool = False
     """Read rows one after another, without looking at all of them first: for .tar shards, .parquet files and Hub datasets too large for that.
     Every image is cropped to the square of the stage's resolution, since its aspect is not known beforehand."""

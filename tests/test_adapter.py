@@ -549,7 +549,7 @@ def test_gradients_under_dropout_are_those_of_smaller_batches_summed_and_of_reco
         drawing = add_dropout(model, {"default": Placed(settings)}, trainable.values())
         model.train()
         if checkpointing:
-            FluxTransformer2DModel.enable_gradient_checkpointing(model)  # type: ignore[arg-type]
+            FluxTransformer2DModel.enable_gradient_checkpointing(model)
         for rows in parts:
             with drawing.of([100 + row for row in rows]):
                 output = family.predict(model, images()[rows], T[rows], family.encode_prompts([PROMPTS[row] for row in rows]), ())

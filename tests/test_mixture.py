@@ -445,3 +445,9 @@ def test_as_dataset_has_the_pixels_and_prompts_that_training_sees() -> None:
         assert len(shown) == len(seen)
         for pixels, tensor in zip(shown, seen, strict=True):
             assert torch.equal(to_tensor(Image.fromarray(np.asarray(pixels, dtype=np.uint8))), tensor)
+
+
+def test_a_source_with_repeat_0_is_no_part_of_a_mix_by_size_and_is_drawn_by_name() -> None:
+    sizes, counted = {"a": 30, "b": 10, "c": 60}, {"a": 30, "b": 10, "c": 0}
+    assert weights("natural", sizes, counted) == {"a": 30, "b": 10}
+    assert weights({"c": 1, "a": 1}, sizes, counted) == {"a": 1, "c": 1}

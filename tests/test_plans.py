@@ -209,21 +209,11 @@ def test_omnigen_draws_every_kind_by_size_and_then_half_text_to_image() -> None:
     *early, _, _ = plan.stages
     assert [resolved_levels(stage)[0].pixels for stage in plan.stages[:4]] == [256, 512, 1024, 2240]
     assert [level.pixels for level in resolved_levels(plan.stages[4])] == [256, 512, 1024, 2240]
-    for stage in early:
-        assert {name for name, share in shares(stage.mix).items() if share} == plan.sources.keys() - {"t2i_hq"}
-        assert shares(stage.mix) == shares(early[0].mix)
+    assert [stage.mix for stage in early] == ["natural"] * 3
+    assert {name for name, source in plan.sources.items() if source.repeat == 0} == {"t2i_hq"}, "held back from a mix by size"
     for stage in plan.stages[3:]:
         late = shares(stage.mix)
         assert late == {"t2i_hq": Fraction(1, 2), "subject": Fraction(1, 5), **dict.fromkeys(("control", "edit", "other"), Fraction(1, 10))}
-
-
-def test_omnigens_early_stages_may_be_natural_where_nothing_is_held_back(tmp_path: Path) -> None:
-    text, replaced = re.subn(r"mix: &early\n( {6}\w+: .*\n)+", "mix: &early natural\n", text_of("omnigen"))
-    (tmp_path / "omnigen.yaml").write_text(text)
-    read = read_plan(tmp_path / "omnigen.yaml")
-    assert replaced == 1
-    assert but_for_data(check_plan(read, tmp_path)) == []
-    assert [stage.mix for stage in read.plan.stages[:3]] == ["natural"] * 3
 
 
 def test_omnigens_steps_batches_and_rates_are_in_the_papers_proportion() -> None:

@@ -225,3 +225,12 @@ def test_two_cpu_processes_asked_for_and_one_started_is_refused_with_the_cure(tm
     assert done.returncode == 0, done.stderr
     assert "refused:" in done.stdout
     assert "cpu_2_processes.yaml" in done.stdout
+
+
+def test_a_product_over_one_number_is_not_counted() -> None:
+    """OmniGen multiplies positions by frequencies in float32 whatever it computes in, as bmm over an inner dimension of 1."""
+    with Multiplied() as watch:
+        torch.bmm(torch.rand(2, 3, 1), torch.rand(2, 1, 5))
+        torch.rand(3, 1) @ torch.rand(1, 4)
+        torch.rand(3, 2, dtype=torch.bfloat16) @ torch.rand(2, 4, dtype=torch.bfloat16)
+    assert watch.verdict() == "bf16"
