@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
-.PHONY: quickstart quickstart-short test docs clean
+.PHONY: quickstart quickstart-short rehearse test docs clean
 
 quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
 	$(BIN)/python plans/digits.py data/digits
@@ -15,6 +15,13 @@ quickstart-short: .venv/installed
 	$(LAUNCH) train.py plans/quickstart.yaml --out runs/quickstart-short --set evaluate.accuracy.samples=50 \
 		--set stages.foundation.steps=100 --set stages.foundation.lr.warmup=10 --set stages.expose.steps=20 --set stages.expose.lr.warmup=2 \
 		--set stages.refine.steps=20 --set stages.refine.lr.warmup=2
+
+# Every plan in miniature, one after the other, in minutes each; those that fail are named at the end.
+rehearse: .venv/installed  ## rehearse every plan in plans/
+	$(BIN)/python plans/digits.py data/digits
+	@failed=""; for plan in plans/*.yaml; do \
+		echo "$$plan"; $(BIN)/python train.py $$plan --rehearse || failed="$$failed $$plan"; \
+	done; if [ -n "$$failed" ]; then echo "these plans fail:$$failed"; exit 1; fi
 
 test: .venv/installed-dev  ## lint, types, tests
 	$(BIN)/ruff check .

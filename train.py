@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.rehearse:
+            if given.until:
+                raise PlanError.at("--until", "a rehearsal goes through all stages; leave it out")
             return rehearsed(given.plan, given.settings, given.out)
         read = checked(given.plan, given.settings)
         if given.until and given.until not in (names := [stage.name for stage in read.plan.stages]):
@@ -106,7 +108,10 @@ def rehearsed(path: Path, settings: Sequence[str], out: Path | None) -> int:
     from stages.rehearse import checked_but_for_places, rehearse
 
     read = checked_but_for_places(path, settings)
-    return 1 if rehearse(read, out or Path("runs") / f"{read.plan.name}-rehearsal", Console()).failed else 0
+    try:
+        return 1 if rehearse(read, out or Path("runs") / f"{read.plan.name}-rehearsal", Console()).failed else 0
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = None, until: str | None = None, trace: bool = False) -> Path:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
+from mixing.batch import MicroBatch
 from stages.adapter import adapter_weights
 from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
-from stages.handoff import ADAPTER_FILE, build_model, carried, probe, probe_batches
+from stages.handoff import build_model, carried, probe, probe_batches, read_baton
+from stages.layouts import ADAPTER_FILE, SECOND_FILE
+from stages.objectives.windows import METADATA_KEY, write
+from stages.peft_layout import WEIGHTS_FILE
+from stages.plan import Plan
 from stages.precision import StagePrecision
-from stages.publish import model_card, publish_adapter
+from stages.publish import Trained, model_card, publish_adapter
 from stages.reader import to_yaml
 from stages.report import first_table, write_report
-from stages.resolved import resolved_storage
+from stages.resolved import resolved_storage, windows_of
 
 if TYPE_CHECKING:
     from stages.run import Run
@@ -45,22 +51,14 @@ def finish(run: Run) -> None:
             run.log.say(f"the trained model is in {model_folder}")
         if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
             batches = probe_batches(run.selections, run.shapes(stage))
-            storage = resolved_storage(stage)
-            precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
-            weights = run.baton.adapter
-            model, trainable = build_model(run.family, run.plan, stage, f"stages[{len(run.plan.stages) - 1}]", run.baton)
-            if checkpoint.has("ema"):
-                for name, value in checkpoint.tensors("ema").items():
-                    trainable[name].data.copy_(value)
-                weights = {**carried(run.plan, stage, run.baton.adapter), **adapter_weights(model)}
-            saw = probe(run.family, model, batches, precision, run.plan.seed)
-            del model, trainable
-            versions = run.versions
             base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
             notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
-            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), versions, base_note)
+            if (windows := windows_of(stage)) is not None:
+                notes[METADATA_KEY] = write(windows)
+            trained = [_trained(run, index, batches) for index in _last_stages(run.plan)]
+            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), run.versions, base_note, tuple(each.expert for each in trained))
             sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
-            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, weights, run.baton.base, storage, precision, saw, batches, notes, card, sheet)
+            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, trained, batches, notes, card, sheet)
             run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
             run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
         report = write_report(run.folder)
@@ -68,12 +66,37 @@ def finish(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def _last_stages(plan: Plan) -> list[int]:
+    """The number of the last stage that trained adapters of each transformer, in the order of the model's transformers."""
+    last = {stage.expert: index for index, stage in enumerate(plan.stages) if stage.train != "full"}
+    return [last[expert] for expert in sorted(last, key=lambda expert: expert or "")]
+
+
+def _trained(run: Run, index: int, batches: Mapping[str, MicroBatch]) -> Trained:
+    """What a transformer has learnt by the end of the last stage that trained it, its moving average where it has one."""
+    stage, checkpoint = run.plan.stages[index], run.checkpoints[index]
+    assert checkpoint is not None
+    baton = read_baton(checkpoint)
+    assert baton.adapter is not None
+    storage = resolved_storage(stage)
+    precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
+    weights = baton.adapter
+    model, trainable = build_model(run.family, run.plan, stage, f"stages[{index}]", baton)
+    if checkpoint.has("ema"):
+        for name, value in checkpoint.tensors("ema").items():
+            trainable[name].data.copy_(value)
+        weights = {**carried(run.plan, stage, baton.adapter), **adapter_weights(model)}
+    saw = probe(run.family, model.eval(), batches, precision, run.plan.seed)
+    return Trained(index, stage.expert, weights, baton.base, storage, precision, saw)
+
+
 def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
     """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
     if not checkpoint.has("adapter"):
         return checkpoint.has("transformer") and _model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
-    published = folder / "adapter" / ADAPTER_FILE
-    if not published.exists():
+    names = (ADAPTER_FILE, SECOND_FILE, WEIGHTS_FILE)  # which of them there are is the family's affair, and it is not open yet
+    published = next((file for name in names if (file := folder / "adapter" / name).exists()), None)
+    if published is None:
         return False
     with safe_open(published, framework="pt") as header:
         return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)

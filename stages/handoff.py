@@ -33,7 +33,6 @@ _PROBED_ROWS = 4
 EXACT = 1e-4
 MERGED = "base"
 """The folder, in a stage's, that holds the base which the adapter was folded into."""
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from stages.adapter import add_adapter, choose_trainable
+from stages.adapter import choose_trainable, place_adapters
 from stages.check_model import read_folder
 from stages.explain import ModelFacts
 from stages.families.base import targets_in
 from stages.families.open import ARCHITECTURES
 from stages.feed import Sizes
+from stages.placed import placed_adapters
 from stages.plan import Model, Plan
 
 
@@ -32,17 +33,16 @@ def model_facts(plan: Plan) -> ModelFacts | None:
             return None
     model = read_folder(folder)
     plain = _laid_out(folder, model.family)
-    adapted: nn.Module | None = None
     trainable = []
     for index, stage in enumerate(plan.stages):
         place = f"stages[{index}].train"
         if stage.train == "full":
             chosen = choose_trainable(plain, stage.train, place)
         else:
-            if adapted is None:
-                adapted = _laid_out(folder, model.family)
-                add_adapter(adapted, plan.adapter, _targets(folder, model.family), plan.seed)
-            chosen = choose_trainable(adapted, stage.train, place)
+            placed = placed_adapters(plan, index)
+            adapted = _laid_out(folder, model.family)
+            place_adapters(adapted, placed, _targets(folder, model.family), plan.seed)
+            chosen = choose_trainable(adapted, stage.train, place, frozen=[name for name, each in placed.items() if each.frozen])
         trainable.append(sum(parameter.numel() for parameter in chosen.values()))
     parameters = sum(parameter.numel() for parameter in plain.parameters())
     return ModelFacts(

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.adapter import exactly
+from stages.header import sort_header
 from stages.pairs import layers_of, ranks_of
-from stages.publish import sort_header
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixing.batch import MicroBatch
-from stages.adapter import exactly, lora_layers, of_adapter
+from stages.adapter import lora_layers, of_adapter
 from stages.checkpoint import sync
 from stages.families.family import Family
-from stages.handoff import ADAPTER_FILE, probe, same_outputs
-from stages.pairs import joined, ranks_of
-from stages.placed import all_adapters, newest, placed_adapters, scale_of, total_rank
+from stages.handoff import probe, same_outputs
+from stages.layouts import load_back, loading_lines, write_adapter, write_layouts
+from stages.pairs import joined
+from stages.placed import newest, placed_adapters, scale_of, total_rank
 from stages.plan import Adapter, Model, Plan
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import RunError
 
-_OUTPUTS = 1e-5  # of the largest output; over a base in bf16 the outputs alone cannot tell a weak adapter from rounding, the pairs can
+_OUTPUTS = 1e-5  # of the largest output, over a base in fp32
+_ROUNDED = 0.5  # of the outputs' norm, over a base in bf16: they cannot tell a weak adapter from rounding, the pairs can; but another model they tell
 _PAIRS = {"fp32": 1e-5, "bf16": 2e-2}  # of a pair's product; a pipeline in bf16 rounds the pairs too
 
 
@@ -32,47 +33,66 @@ class PublishError(RunError):
     """The adapter that was written does not give the output that training saw."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What one transformer has learnt."""
+
+    index: int
+    """The number of the last stage that trained it: its adapters are those that stand there."""
+    expert: str | None
+    """Which of the model's transformers it is; None for the only one."""
+    weights: Mapping[str, Tensor]
+    """The pairs as checkpoints name them; several adapters are written as one, and beside it each alone."""
+    base: Path | None
+    """Weights of the transformer that they sit on; None for the model itself."""
+    storage: str
+    """Its dtype."""
+    precision: StagePrecision
+    saw: Mapping[str, Tensor]
+    """What the trained transformer gave on the fixed inputs, in `precision`."""
+
+
 def publish_adapter(
     folder: Path,
     family: Family,
     plan: Plan,
-    weights: Mapping[str, Tensor],
-    base: Path | None,
-    storage: str,
-    precision: StagePrecision,
-    saw: Mapping[str, Tensor],
+    trained: Sequence[Trained],
     batches: Mapping[str, MicroBatch],
     notes: Mapping[str, str],
     card: str,
     sheet: Path,
 ) -> float:
-    """Write adapter/ and prove it: load it into a fresh base with the stock pipeline, and compare the outputs.
+    """Write adapter/ and prove it: load it into fresh transformers as the family's users do, and compare the outputs on `batches`.
 
-    weights: the pairs as checkpoints name them; several adapters are written as one, and beside it each alone. base: weights of the transformer they sit on, or None for the model itself; storage: its dtype.
-    saw: what the trained model gave on `batches` in `precision`. sheet: a picture for the card, if it exists. Returns the largest difference
-    of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
+    trained: one entry for each transformer that learnt. notes: strings of the files' headers. sheet: a picture for the card, if it exists. Returns the largest
+    difference of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    one, settings = as_one(plan, weights)
-    write_adapter(partial / ADAPTER_FILE, one, settings, notes)
-    everything = all_adapters(plan, len(plan.stages) - 1)
-    for name, each in everything.items() if len(everything) > 1 else ():
-        write_adapter(partial / f"{name}.safetensors", of_adapter(weights, name), each.settings, notes)
     if sheet.exists():
         shutil.copyfile(sheet, partial / "previews.png")
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    fresh = family.load_transformer(DTYPES[storage], base)
-    family.stock_pipeline(fresh, encoders=False).load_lora_weights(partial, weight_name=ADAPTER_FILE)
-    off = _largest_change(fresh, one, scale_of(settings))
-    difference = same_outputs(saw, probe(family, fresh, batches, precision, plan.seed))
-    largest = max(float(output.abs().max()) for output in saw.values())
-    if not off <= _PAIRS[storage] or (storage == "fp32" and not difference <= _OUTPUTS * max(1.0, largest)):
-        shutil.rmtree(partial)
-        raise PublishError(
-            f"{folder}: not published: loaded back by {family.pipeline_class}, a layer's pair differs from the trained one by {off:.3g} of itself, and the outputs by up to {difference:.3g}"
-        )
+    worst, said = 0.0, []
+    for each in trained:
+        fresh = family.load_transformer(DTYPES[each.storage], each.base, each.expert)
+        one, settings = as_one(plan, each.weights, each.index)
+        said.append(write_layouts(partial, family, one, settings, notes, each.expert, fresh))
+        standing = placed_adapters(plan, each.index)
+        for name, placed in standing.items() if len(standing) > 1 else ():
+            write_adapter(partial / f"{name}.safetensors", of_adapter(each.weights, name), placed.settings, notes)
+        load_back(partial, family, fresh, each.expert)
+        off = _largest_change(fresh, one, scale_of(settings))
+        outputs = probe(family, fresh, batches, each.precision, plan.seed)
+        difference = same_outputs(each.saw, outputs)
+        if not off <= _PAIRS[each.storage] or not _agree(each, outputs, difference):
+            shutil.rmtree(partial)
+            of_expert = f" (expert {each.expert})" if each.expert else ""
+            raise PublishError(
+                f"{folder}: not published: loaded back by {family.pipeline_class}{of_expert}, a layer's pair differs from the trained one by {off:.3g} of itself, "
+                f"and the outputs by up to {difference:.3g}"
+            )
+        worst = max(worst, difference)
+    (partial / "README.md").write_text("\n".join([card, "## ComfyUI", "", *said, ""]), encoding="utf-8")
     for path in partial.iterdir():
         sync(path)
     old = folder.with_name(f".{folder.name}.old")
@@ -82,12 +102,21 @@ def publish_adapter(
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     sync(folder.parent)
-    return difference
+    return worst
 
 
-def as_one(plan: Plan, weights: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Adapter]:
-    """What the last stage's adapters add together, as the pairs of one adapter, and its settings. weights: as checkpoints name them."""
-    placed = placed_adapters(plan, len(plan.stages) - 1)
+def _agree(trained: Trained, outputs: Mapping[str, Tensor], difference: float) -> bool:
+    """Whether what a fresh transformer gives with the adapter is what training saw, but for rounding. difference: the largest."""
+    if trained.storage == "fp32":
+        return difference <= _OUTPUTS * max(1.0, *(float(output.abs().max()) for output in trained.saw.values()))
+    apart = sum(float((outputs[name] - saw).double().square().sum()) for name, saw in trained.saw.items())
+    whole = sum(float(saw.double().square().sum()) for saw in trained.saw.values())
+    return apart <= _ROUNDED**2 * whole
+
+
+def as_one(plan: Plan, weights: Mapping[str, Tensor], index: int = -1) -> tuple[Mapping[str, Tensor], Adapter]:
+    """What a stage's adapters add together, as the pairs of one adapter, and its settings. weights: as checkpoints name them. index: the stage's; the last one's if -1."""
+    placed = placed_adapters(plan, index % len(plan.stages))
     if len(placed) == 1:
         ((name, only),) = placed.items()
         return of_adapter(weights, name), only.settings
@@ -118,39 +147,7 @@ def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: flo
     return worst
 
 
-def write_adapter(path: Path, weights: Mapping[str, Tensor], adapter: Adapter, notes: Mapping[str, str]) -> None:
-    """Write the pairs so that no reader needs metadata: the scale is multiplied into B, and alpha is the rank.
-
-    A file without metadata whose alpha is not its rank loads at the wrong strength in silence (diffusers 0.42.1, peft 0.21.2); the metadata
-    is there all the same. weights: of one adapter. notes: further strings of the header (plan, ledger).
-    """
-    scale = scale_of(adapter)
-    baked = {f"transformer.{name}": (value * scale if ".lora_B." in name else value).contiguous() for name, value in weights.items()}
-    modules = sorted({name.split(".lora_")[0] for name in weights})
-    config: dict[str, Any] = {"transformer.r": adapter.rank, "transformer.lora_alpha": adapter.rank, "transformer.target_modules": exactly(modules)}
-    # Adapters with other targets, joined, have other ranks in places. A pattern is matched against a name's end unless it begins with ^ (peft 0.21).
-    if ranks := {f"^{re.escape(layer)}": rank for layer, rank in ranks_of(weights).items() if rank != adapter.rank}:
-        config |= {"transformer.rank_pattern": ranks, "transformer.alpha_pattern": ranks}
-    if adapter.variant == "dora":
-        config["transformer.use_dora"] = True
-    save_file(baked, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True), **notes})
-    sort_header(path)
-
-
-def sort_header(path: Path) -> None:
-    """Put a safetensors file's metadata in order: the library (0.8) writes it in another order each time, and equal runs must end in equal files."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:
-            raise PublishError(f"{path}: its header cannot be put in order")
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None) -> str:
+def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None, experts: tuple[str | None, ...] = (None,)) -> str:
     """The adapter's README.md: how to load it, what it saw, how well it does, and with what it was made."""
     repo = plan.model.repo if isinstance(plan.model, Model) else plan.model
     placed = placed_adapters(plan, len(plan.stages) - 1)
@@ -177,7 +174,7 @@ def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any]
             f"from diffusers import {family.pipeline_class}",
             "",
             base,
-            f'pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER_FILE}")',
+            *loading_lines(family, experts),
             "```",
             "",
             "## What it saw",

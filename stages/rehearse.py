@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from stages.rehearsal.verdicts import Verdict
 
 RECORD = "rehearsal.json"
+_COPIED = 60  # rows of a large source
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _names_what_is_there(problem: Problem, read: ReadPlan, root: Path) -> bool:
 
     name = next((name for name in sorted(read.plan.sources, key=len, reverse=True) if problem.where.startswith(f"sources.{name}")), None)
     if name is None:
-        return False  # the folder of labelled images
+        return read.plan.evaluate.accuracy is not None and os.path.isdir(place_of(root, read.plan.evaluate.accuracy.labelled))
     if read.plan.sources[name].prior is not None:
         return not problem.where.endswith(".prior.prompts")
     return is_there(read.plan.sources[name], root) or problem.where.endswith(".stream")
@@ -95,11 +96,15 @@ def rehearse(read: ReadPlan, folder: Path, console: Console) -> Rehearsal:
     from stages.rehearsal.verdicts import every_verdict
 
     began, root, plan = time.monotonic(), Path.cwd(), read.plan
-    likeness = likeness_of(plan.model, root)
+    try:
+        likeness = likeness_of(plan.model, root)
+    except PlanError as error:
+        raise PlanError(Problem(read.place("model"), "model", problem.message) for problem in error.problems) from None
     _check_family(read, likeness, root)
     folder = folder.absolute()
     _clear(folder)
     with console.status("a tiny model and rows") as status:
+        facts = _facts(plan, likeness)
         tiny = _tiny(likeness, plan, folder)
         sides = small_sides(plan, tiny.multiple, is_own=tiny.is_own)
         sources, notes = _small_sources(plan, likeness, folder, root, max(sides.values()))
@@ -108,12 +113,11 @@ def rehearse(read: ReadPlan, folder: Path, console: Console) -> Rehearsal:
         file.write_text(f"# {plan.name} in miniature, written by --rehearse\n{to_yaml(small)}", encoding="utf-8")
         again = read_plan(file)
         if problems := check_plan(again, root):
-            raise PlanError(problems)
+            raise PlanError(Problem(problem.place, problem.where, f"{problem.message} (in the plan's miniature)") for problem in problems)
         small = resolved_plan(again.plan)
         launched = launch_both(file, small, folder, status.update)
         status.update("what came of it")
         verdicts = every_verdict(small, launched.straight, launched.killed, launched.at, Path(place_of(root, likeness.repo)) if tiny.is_own else tiny.folder)
-        facts = _facts(plan, likeness)
     if launched.failures:
         verdicts = [verdict for verdict in verdicts if verdict.promise.startswith("every stage")]
     rehearsal = Rehearsal(folder, small, likeness, sources, tuple([*notes, *more]), launched, tuple(verdicts))
@@ -181,13 +185,18 @@ def _small_sources(plan: Plan, likeness: Likeness, folder: Path, root: Path, sid
     """Every source with few rows: its own where they can be read in seconds, else made ones. Raises PlanError naming a source that is here and cannot be opened."""
     from mixing.columns import TASKS
     from stages.open_sources import open_selections
-    from stages.rehearsal.rows import is_small, is_there, make_rows
+    from stages.rehearsal.rows import first_rows, is_small, is_there, make_rows
 
     notes: list[str] = []
     own = {name: source for name, source in plan.sources.items() if source.prior is None and is_there(source, root)}
-    large = {name for name, source in own.items() if not is_small(source, root)}
-    notes += [f"source '{name}' is large; rows were made in the place of its own, so that it need not be opened" for name in sorted(large)]
-    real = {name: source for name, source in own.items() if name not in large}
+    real = {name: source for name, source in own.items() if is_small(source, root)}
+    for name, source in own.items():
+        if name not in real and (copies := first_rows(source, folder / "data" / name, root, _COPIED)) is not None:
+            take = None if source.take is None or source.take.count is not None else source.take
+            real[name] = source.model_copy(update={"path": copies, "take": take})
+            notes.append(f"source '{name}' is large; its first {_COPIED} rows were copied, and the others were not looked at")
+        elif name not in real:
+            notes.append(f"source '{name}' is large; rows were made in the place of its own, so that it need not be opened")
     update = {"sources": real, "cache": "none", "evaluate": plan.evaluate.model_copy(update={"rows": 0})}
     opened = open_selections(plan.model_copy(update=update), root, {}) if real else {}
     known: dict[str, int | None] = {}
@@ -206,7 +215,7 @@ def _small_sources(plan: Plan, likeness: Likeness, folder: Path, root: Path, sid
             classes = list(opened[name].training)
             references, regions = (max(numbers, default=0) for numbers in ([len(each.references) for each in classes], [each.regions for each in classes]))
             note = "its own first rows" if source.stream or source.take is None else "its own rows"
-            sources[name] = SmallSource(_capped(source, known[name], wanted[name]), wanted[name], references, regions, note=note)
+            sources[name] = SmallSource(_capped(real[name], known[name], wanted[name]), wanted[name], references, regions, note=note)
         else:
             made = make_rows(name, source, folder / "data" / name, rows=wanted[name], side=side, several=several)
             notes += made.notes
@@ -237,15 +246,14 @@ def _prompts_there(source: Source, prior: Prior, root: Path) -> Source:
 
 
 def _facts(plan: Plan, likeness: Likeness) -> ModelFacts | None:
-    """What the real model's configs say, where they can be had at once."""
+    """What the real model's configs say, where they can be had at once. Raises PlanError where the plan does not fit them."""
     if not likeness.index:
         return None
-    from stages.adapter import TargetError
     from stages.model_facts import model_facts
 
     try:
         return model_facts(plan)
-    except TargetError as error:
+    except ValueError as error:  # a pattern that matches nothing; a part that the model lacks
         raise PlanError.at("", str(error)) from None
 
 
@@ -274,7 +282,9 @@ def full_run(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
         total = stage.steps * (first + last) // 2
         words = [f"{stage.steps:,} steps of {step_words(stage)}, {short(total)} {'images' if batch.images is not None else 'tokens'} at {resolution_words(stage)} pixels"]
         words.append(f"rate {rate_words(resolved_rate(stage), stage.steps)}")
-        if facts is not None:
+        if facts is None:
+            words.append("memory is not known, for the model's configs could not be had")
+        else:
             words.append(f"{byte_words(stage_bytes(index, stage, facts))} of weights, gradients and optimizer, and activations on top")
         rows.append((stage.name, "; ".join(words)))
     return rows
@@ -283,8 +293,8 @@ def full_run(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
 def show(rehearsal: Rehearsal, plan: Plan, facts: ModelFacts | None, console: Console, seconds: float) -> None:
     """Print the verdicts, what was not proved, and what the full run will take."""
     like = f"{rehearsal.likeness.repo} itself" if rehearsal.likeness.own else f"a tiny {rehearsal.likeness.pipeline} for {rehearsal.likeness.repo}"
-    images = sum(len(stage.name) > 0 for stage in rehearsal.plan.stages)
-    console.print(Text.assemble((plan.name, "bold"), f", rehearsed with {like}, {images} stage{'s' if images > 1 else ''}, twice, in {seconds:.0f} s, in {rehearsal.folder}"), soft_wrap=True)
+    stages = len(rehearsal.plan.stages)
+    console.print(Text.assemble((plan.name, "bold"), f", rehearsed with {like}, {stages} stage{'s' if stages > 1 else ''}, twice, in {seconds:.0f} s, in {rehearsal.folder}"), soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("promise")

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from stages.adapter import of_adapter, saved_name
 from stages.checkpoint import newest_checkpoint
-from stages.handoff import ADAPTER_FILE, Baton, read_baton
+from stages.handoff import Baton, read_baton
+from stages.layouts import ADAPTER_FILE
 from stages.pairs import joined, layers_of, rescaled
+from stages.peft_layout import CONFIG_FILE, WEIGHTS_FILE
 from stages.placed import DEFAULT, placed_adapters, scale_of
 from stages.plan import Adapter, Plan
 
-_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIXES = ("base_model.model.", "transformer.")
 
 
@@ -30,7 +31,7 @@ def read_start(plan: Plan, fingerprint: str) -> Baton:
     another rank or variant, unless the first stage's handoff changes the rank.
     """
     place = Path(plan.start or "")
-    files = [place / ADAPTER_FILE, place / _PEFT_FILE] if place.is_dir() else [place]
+    files = [place / ADAPTER_FILE, place / WEIGHTS_FILE] if place.is_dir() else [place]
     for file in files:
         if file.is_file() and file.suffix == ".safetensors":
             return _from_file(plan, file, fingerprint)
@@ -128,8 +129,8 @@ def _plain(name: str) -> str:
 
 def _config(file: Path, notes: Mapping[str, str]) -> dict[str, Any]:
     """What peft calls the adapter's config, from the metadata or from the file beside; empty where there is none."""
-    beside = file.with_name(_PEFT_CONFIG)
-    text = notes.get("lora_adapter_metadata") or (beside.read_text(encoding="utf-8") if file.name == _PEFT_FILE and beside.is_file() else "{}")
+    beside = file.with_name(CONFIG_FILE)
+    text = notes.get("lora_adapter_metadata") or (beside.read_text(encoding="utf-8") if file.name == WEIGHTS_FILE and beside.is_file() else "{}")
     try:
         config: dict[str, Any] = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError):

@@ -30,8 +30,8 @@ from stages.feed import main_shapes, shapes_at
 from stages.open_cache import open_cache
 from stages.open_sources import open_selections
 from stages.plan import Plan
-from stages.prior import priors_made
 from stages.precision import choose_device
+from stages.prior import priors_made
 from stages.problems import PlanError
 from stages.resolved import resolved_levels
 

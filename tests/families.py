@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from stages.adapter import adapter_weights, add_adapter, choose_trainable, lora_layers
 from stages.families.family import Family
-from stages.handoff import ADAPTER_FILE
+from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.plan import Adapter
-from stages.publish import write_adapter
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red disc", "a blue square", "make it the same"]
@@ -77,7 +76,8 @@ def largest(one: Mapping[str, Tensor] | Tensor, other: Mapping[str, Tensor] | Te
     """The largest difference."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return float((one - other).abs().max())
-    assert not isinstance(one, Tensor) and not isinstance(other, Tensor)
+    assert not isinstance(one, Tensor)
+    assert not isinstance(other, Tensor)
     return max(largest(one[name], other[name]) for name in one)
 
 

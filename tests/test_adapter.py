@@ -30,12 +30,12 @@ from stages.adapter import (
 from stages.dropout import Drawing, KeyedDropout, add_dropout
 from stages.families.family import Family
 from stages.families.flux import Flux
+from stages.layouts import write_adapter
 from stages.objectives import flow
 from stages.optim import make_optimizer
 from stages.pairs import joined, ranks_of
 from stages.placed import Placed
 from stages.plan import Adapter, Optimizer
-from stages.publish import write_adapter
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red disc", "make it blue"]

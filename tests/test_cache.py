@@ -110,7 +110,7 @@ def run(folder: Path, rows: Mapping[str, tuple[bytes, str]], *, latents: str = "
     for content, caption in rows.values():
         got = cache.encode_image(cache.latents_key(content_hash(content), transform), picture(content), encoder.image)
         assert torch.equal(got, Encoder().image(picture(content)[None])[0])
-        fresh, found = Encoder().text([caption]), texts.encode([caption], lambda place: encoder.text([caption]))
+        fresh, found = Encoder().text([caption]), texts.encode([caption], lambda place, caption=caption: encoder.text([caption]))
         assert torch.equal(found.embeds, fresh.embeds)
         assert torch.equal(found.pooled, fresh.pooled)
     cache.close()
@@ -187,7 +187,7 @@ def test_prompts_are_encoded_one_at_a_time_and_each_once() -> None:
 def test_texts_at_hand_keep_to_their_limit_the_least_recently_used_leaving_first() -> None:
     texts, encoder = TextCache(limit=2 * 12), Encoder()
     for prompt in ("a", "b", "a", "c", "a", "b"):  # each takes 12 bytes; c pushes b out
-        texts.encode([prompt], lambda place: encoder.text([prompt]))
+        texts.encode([prompt], lambda place, prompt=prompt: encoder.text([prompt]))
     assert encoder.prompts == ["a", "b", "c", "b"]
 
 

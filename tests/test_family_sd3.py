@@ -17,8 +17,8 @@ from stages.families.base import Text
 from stages.families.family import Family
 from stages.families.open import open_family
 from stages.families.tiny import sd3
+from stages.layouts import write_adapter
 from stages.plan import Adapter
-from stages.publish import write_adapter
 
 KINDS = {"3.0": {"later": False}, "3.5": {"later": True}}
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanVideoToVideoPipeline
 from diffusers.models.embeddings import get_timestep_embedding
-from families import CPU, PROMPTS, adapted, largest, noise, our_first_step, reloaded, without_gradient
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from families import CPU, PROMPTS, adapted, largest, noise, our_first_step, reloaded, without_gradient
 from stages.adapter import adapter_weights, add_adapter, lora_layers, matched
 from stages.families.base import Text
 from stages.families.facts import UnsuitableModel
 from stages.families.family import Family
 from stages.families.open import open_family
 from stages.families.tiny.wan import build
+from stages.layouts import write_adapter
 from stages.objectives.path import Diffusion, Straight
 from stages.objectives.path import Path as NoisePath
 from stages.plan import Adapter
 from stages.problems import RunError
-from stages.publish import write_adapter
 
 KINDS = {
     "wan 2.1": {},

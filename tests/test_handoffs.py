@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import stages.publish
+import stages.layouts
 from mixing.batch import MicroBatch
 from mixing.buckets import Shapes, class_of
 from mixing.selected import Choice, Selection, select
@@ -33,14 +33,15 @@ from stages.checkpoint import read_checkpoint
 from stages.explain import explain
 from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.handoff import ADAPTER_FILE, EXACT, Baton, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
+from stages.handoff import EXACT, Baton, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
+from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.leg import Leg
 from stages.pairs import grown, joined, layers_of, merged, pair, ranks_of, shrunk
 from stages.placed import Placed, placed_adapters, scale_of
 from stages.plan import Adapter, Handoff, Plan, Source, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.publish import PublishError, as_one, publish_adapter, write_adapter
+from stages.publish import PublishError, Trained, as_one, publish_adapter
 from stages.resolved import resolved_plan
 from stages.start import read_start
 
@@ -309,14 +310,14 @@ def test_a_dora_is_published_over_any_base_and_with_other_magnitudes_is_not(
 
     def publish() -> float:
         assert baton.adapter is not None
-        return publish_adapter(tmp_path / "adapter", family, plan, baton.adapter, None, storage, precision, saw, batches, {}, "card", Path("none"))
+        return publish_adapter(tmp_path / "adapter", family, plan, [Trained(len(plan.stages) - 1, None, baton.adapter, None, storage, precision, saw)], batches, {}, "card", Path("none"))
 
     assert publish() <= (1e-5 if storage == "fp32" else 0.1)
 
     def spoilt(path: Path, weights: Mapping[str, Tensor], *rest: Any) -> None:
         write_adapter(path, {name: value * 1.05 if name.endswith("vector") else value for name, value in weights.items()}, *rest)
 
-    monkeypatch.setattr(stages.publish, "write_adapter", spoilt)
+    monkeypatch.setattr(stages.layouts, "write_adapter", spoilt)
     with pytest.raises(PublishError, match="not published"):
         publish()
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import stages.publish
+import stages.layouts
 from mixing.batch import MicroBatch
 from mixing.buckets import Shapes
 from mixing.selected import Choice, select
@@ -25,10 +25,12 @@ from runs import launch, make_data, make_world, plan_of, write_plan
 from stages.adapter import adapter_weights, add_adapter, load_adapter_weights
 from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.handoff import ADAPTER_FILE, probe, probe_batches
+from stages.handoff import probe, probe_batches
+from stages.header import sort_header
+from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.plan import Adapter, Plan, Source, Stage
 from stages.precision import DTYPES, StagePrecision
-from stages.publish import PublishError, model_card, publish_adapter, sort_header, write_adapter
+from stages.publish import PublishError, Trained, model_card, publish_adapter
 from stages.start import read_start
 
 CPU = torch.device("cpu")
@@ -78,7 +80,7 @@ def publish(
 ) -> float:
     mode = "fp32" if storage == "fp32" else "bf16"
     saw = outputs(family, model, batches, mode)
-    return publish_adapter(folder, family, plan_with(settings, family), adapter_weights(model), None, storage, StagePrecision(mode, CPU), saw, batches, NOTES, card, sheet)
+    return publish_adapter(folder, family, plan_with(settings, family), [Trained(0, None, adapter_weights(model), None, storage, StagePrecision(mode, CPU), saw)], batches, NOTES, card, sheet)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -182,7 +184,7 @@ def test_publishing_writes_adapter_card_and_previews_and_says_how_close_the_pipe
     found = publish(tmp_path / "adapter", family, model, SETTINGS[1], batches, storage=storage, card="# card ☂", sheet=tmp_path / "sheet.png")
     assert 0 <= found <= (1e-5 if storage == "fp32" else 0.1)
     assert set(contents(tmp_path / "adapter")) == {ADAPTER_FILE, "README.md", "previews.png"}
-    assert (tmp_path / "adapter" / "README.md").read_text() == "# card ☂"
+    assert (tmp_path / "adapter" / "README.md").read_text() == f"# card ☂\n## ComfyUI\n\nComfyUI reads `{ADAPTER_FILE}`.\n"
     assert (tmp_path / "adapter" / "previews.png").read_bytes() == b"a picture"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "sheet.png"]
 
@@ -192,7 +194,7 @@ def test_publishing_again_replaces_what_was_published_and_leaves_nothing_beside_
     before = contents(tmp_path / "adapter")
     publish(tmp_path / "adapter", family, trained(family, SETTINGS[0], strength=0.2), SETTINGS[0], batches, card="new")
     after = contents(tmp_path / "adapter")
-    assert after["README.md"] == b"new"
+    assert after["README.md"].startswith(b"new\n")
     assert after[ADAPTER_FILE] != before[ADAPTER_FILE]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -242,7 +244,7 @@ def test_an_adapter_that_was_written_wrong_is_not_published_and_the_former_one_s
     def write(path: Path, weights: Mapping[str, Tensor], *rest: Any) -> None:
         write_adapter(path, spoil(weights), *rest)
 
-    monkeypatch.setattr(stages.publish, "write_adapter", write)
+    monkeypatch.setattr(stages.layouts, "write_adapter", write)
     with pytest.raises(PublishError, match="not published"):
         publish(tmp_path / "adapter", family, trained(family, settings, strength=strength, storage=storage), settings, batches, storage=storage)
     assert contents(tmp_path / "adapter") == before

@@ -18,6 +18,7 @@ _TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_", "MASTER_", "NODE_RANK")
 """What a launcher leaves in the environment begins with these words; a process of a rehearsal is none of its."""
 
+_LONGEST = 1800.0  # seconds, after which a run counts as stuck and is ended
 _SHOWN = 12  # last lines of a run that failed
 
 
@@ -57,8 +58,8 @@ def launch_both(plan: Path, small: Plan, folder: Path, tell: Callable[[str], Non
     again: subprocess.Popen[bytes] | None = None
     try:
         told = 0.0
-        while first.poll() is None or (again or second).poll() is None:
-            if at is None and second.poll() is None and (seen := killable(small, killed)) is not None:
+        while (first.poll() is None or (again or second).poll() is None) and time.monotonic() - began < _LONGEST:
+            if at is None and second.poll() is None and killable(small, killed) is not None:
                 # Held still first, so that what is read is what is there when it is killed.
                 os.kill(second.pid, signal.SIGSTOP)
                 at = killable(small, killed)
@@ -66,7 +67,6 @@ def launch_both(plan: Path, small: Plan, folder: Path, tell: Callable[[str], Non
                 if at is not None:
                     second.wait()
                     again = _start(plan, killed)
-                del seen
             if time.monotonic() - told > 1:
                 told = time.monotonic()
                 tell(f"straight through: {_place(straight)}; {'killed and started again' if again else 'to be killed'}: {_place(killed)}")
@@ -77,7 +77,10 @@ def launch_both(plan: Path, small: Plan, folder: Path, tell: Callable[[str], Non
                 process.kill()
                 process.wait()
     last = again or second
-    failures = [_failure(name, process.returncode, run) for name, process, run in (("straight through", first, straight), ("killed and started again", last, killed)) if process.returncode != 0]
+    failures = [_failure("straight through", first.returncode, straight)] if first.returncode else []
+    if last.returncode:
+        is_same = bool(failures) and _lines(straight)[-1:] == _lines(killed)[-1:]
+        failures.append(f"the run to be killed ended alike, with exit code {last.returncode}" if is_same else _failure("to be killed", last.returncode, killed))
     return Launched(straight, killed, at, tuple(failures), time.monotonic() - began)
 
 
@@ -130,6 +133,9 @@ def _place(folder: Path) -> str:
 
 
 def _failure(name: str, code: int, run: Path) -> str:
-    log = run.with_suffix(".log")
-    lines: Sequence[str] = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN:]
-    return "\n".join([f"the run {name} ended with exit code {code}; {log} says:", *(f"    {line}" for line in lines)])
+    return "\n".join([f"the run {name} ended with exit code {code}; {run.with_suffix('.log')} says:", *(f"    {line}" for line in _lines(run)[-_SHOWN:])])
+
+
+def _lines(run: Path) -> Sequence[str]:
+    """What a run printed."""
+    return run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").rstrip().splitlines()

@@ -146,27 +146,50 @@ def _alpha(settings: Adapter, old: int, alpha: float | None, new: int) -> float:
 
 
 def _fitted(patterns: Sequence[str], layers: Sequence[str], place: str, notes: list[str], names: Sequence[str] = ()) -> list[str]:
-    """Patterns for a model of fewer blocks: one that matches only blocks which it does not have is tried on those that it has, as if they had those numbers.
+    """Patterns for a model of fewer blocks: one that asks for certain blocks is tried on those that there are, as if they had those numbers.
 
-    names: adapters that may stand before a pattern.
+    names: adapters that may stand before a pattern. A pattern for every block, or for none, stays as it is.
     """
     fitted = []
     for entry in patterns:
         adapter, pattern = target_of(entry, names)
-        if pattern is None or not layers or any(re.fullmatch(pattern, layer) for layer in layers):
+        if pattern is None or not (meant := _meant(pattern, layers)):
             fitted.append(entry)
             continue
-        meant = [layer for layer in layers if any(re.fullmatch(pattern, other) for other in _renumbered(layer))]
-        if meant:
-            notes.append(f"{place}: '{pattern}' names blocks that the tiny model does not have; it was tried on those that it has, {len(meant)} layers")
-            pattern = "|".join(map(re.escape, meant))
-        fitted.append(pattern if adapter is None else f"{adapter}:{pattern}")
+        notes.append(f"{place}: '{pattern}' asks for certain blocks, of which the tiny model has few; it was tried on {len(meant)} layers of those")
+        chosen = "|".join(map(re.escape, meant))
+        fitted.append(chosen if adapter is None else f"{adapter}:{chosen}")
     return fitted
+
+
+def _meant(pattern: str, layers: Sequence[str]) -> list[str]:
+    """The layers that stand for those of certain blocks; none for a pattern that does not tell blocks apart.
+
+    The last block is left out where others stand for it too: in some models its last layers reach nothing, and the blocks that were asked for are not the last.
+    """
+    found = []
+    for layer in layers:
+        others = [bool(re.fullmatch(pattern, other)) for other in _renumbered(layer)]
+        if any(others) and not all(others):
+            found.append(layer)
+    last = {stack: max(number for own, number in map(_block, found) if own == stack) for stack in {_block(layer)[0] for layer in found}}
+    inner = [layer for layer in found if last[_block(layer)[0]] != _block(layer)[1] or last[_block(layer)[0]] == 0]
+    return inner or found
+
+
+def _block(layer: str) -> tuple[str, int]:
+    """The stack of blocks that a layer is in, and the number of its block."""
+    parts = _split(layer)
+    return (parts[0], int(parts[1])) if len(parts) == 3 else (layer, 0)
+
+
+def _split(layer: str) -> list[str]:
+    return re.split(r"(?<=\.)(\d+)(?=\.)", layer, maxsplit=1)
 
 
 def _renumbered(layer: str) -> Iterator[str]:
     """A layer's name with other numbers of its block, the first number in it."""
-    parts = re.split(r"(?<=\.)(\d+)(?=\.)", layer, maxsplit=1)
+    parts = _split(layer)
     if len(parts) == 3:
         yield from (f"{parts[0]}{number}{parts[2]}" for number in range(_BLOCKS))
 

@@ -9,9 +9,11 @@ import json
 import os
 import random
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from PIL import Image, ImageDraw
 from mixing.columns import TASKS
 from mixing.keys import key
 from mixing.where import BUILT_IN, parse
+from stages.check_sources import IMAGE_SUFFIXES
 from stages.paths import place_of
 from stages.plan import Source
 
@@ -88,6 +91,54 @@ def _files(source: Source, root: Path) -> list[str]:
         return []
 
 
+def first_rows(source: Source, folder: Path, root: Path, rows: int) -> str | None:
+    """Copy the first rows of a source that is too large to be opened, and return the place of the copies.
+
+    None for what is no folder of captioned images, no .jsonl file and no folder with a metadata.jsonl, and for a source whose rows a condition chooses.
+    """
+    place = Path(place_of(root, source.path))
+    lines = place if place.suffix == ".jsonl" else place / "metadata.jsonl"
+    if source.where is not None or not (place.is_dir() or lines.is_file()):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    if lines.is_file():
+        with lines.open("rb") as opened:
+            first = [line for line in islice(opened, 2 * rows) if line.strip()][:rows]
+        for line in first:
+            _copy_files(line, lines.parent, folder)
+        (folder / lines.name).write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in first))
+        return str(folder if place.is_dir() else folder / lines.name)
+    for file in islice(_images_below(place), rows):
+        for each in (file, file.with_suffix(".txt")):
+            if each.is_file():
+                _copy(each, folder / each.relative_to(place))
+    return str(folder)
+
+
+def _images_below(place: Path) -> Iterator[Path]:
+    """The images of a folder, folder by folder, each in its order."""
+    for above, inner, names in os.walk(place):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from (Path(above) / name for name in sorted(names) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."))
+
+
+def _copy_files(line: bytes, place: Path, folder: Path) -> None:
+    """Copy the files that a line of JSON names; a line that is none, and what lies elsewhere, is left to the source to judge."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return
+    for value in row.values() if isinstance(row, dict) else ():
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and len(name) < 1024 and "\0" not in name and ".." not in Path(name).parts and not os.path.isabs(name) and (place / name).is_file():
+                _copy(place / name, folder / name)
+
+
+def _copy(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place)
+
+
 # --- rows that are made -----------------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +176,7 @@ def make_rows(name: str, source: Source, folder: Path, *, rows: int, side: int, 
     kind = _kind(source, {extra for row in made for extra in row.extra})
     named = _names(source, kind)
     references = [_references(source, named, row.number, several and kind != "tar") for row in made]
-    regions = [1 if kind == "tar" and len(named.entity_masks) == 1 else _regions(source, named, row.number) for row in made]  # a member is one image
+    regions = [_regions(source, named, row.number, kind) for row in made]
     written = [dict(_cells(row, source, named, of_references, of_regions)) for row, of_references, of_regions in zip(made, references, regions, strict=True)]
     path = _WRITERS[kind](folder, written, named)
     changed = source.model_copy(update={"path": path, "where": where, "take": take, "split": "train", "rows": rows if source.rows is not None else None})
@@ -198,10 +249,12 @@ def _references(source: Source, named: _Names, number: int, several: bool) -> in
     return 2 if several and number % 3 == 2 and "<|image_" not in (source.prompt or "") else 1
 
 
-def _regions(source: Source, named: _Names, number: int) -> int:
+def _regions(source: Source, named: _Names, number: int, kind: Kind) -> int:
     if not TASKS[source.task].regions:
         return 0
-    return len(named.entity_masks) if len(named.entity_masks) > 1 else 1 + number % 2
+    if len(named.entity_masks) > 1 or kind == "tar":  # a member is one image
+        return len(named.entity_masks)
+    return 1 + number % 2
 
 
 def _cells(row: _Row, source: Source, named: _Names, references: int, regions: int) -> Iterator[tuple[str, object]]:

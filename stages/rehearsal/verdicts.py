@@ -19,9 +19,11 @@ from torch import Tensor
 from stages.adapter import fresh_key, fresh_rows, of_adapter
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
 from stages.going_on import stage_folder
-from stages.handoff import ADAPTER_FILE, EXACT, MERGED
+from stages.handoff import EXACT, MERGED
+from stages.layouts import ADAPTER_FILE, SECOND_FILE
 from stages.optim import rate_at
 from stages.pairs import layers_of
+from stages.peft_layout import WEIGHTS_FILE
 from stages.placed import Placed, placed_adapters, target_of
 from stages.plan import Plan, Stage
 from stages.rehearsal.launches import Killed, logged
@@ -148,25 +150,32 @@ def trained(plan: Plan, folder: Path, model: Path) -> Verdict:
     wrong: list[str] = []
     numbers: dict[str, object] = {}
     changed_in_all = kept_in_all = 0
-    before: Checkpoint | None = None
+    latest: dict[str | None, Checkpoint] = {}  # of each transformer
+    idle: list[str] = []
     for index, stage in enumerate(plan.stages):
+        before = latest.get(stage.expert)
         try:
             after = read_checkpoint(step_folder(stage_folder(folder, index, stage.name), stage.steps))
         except ValueError as error:
             wrong.append(f"the last checkpoint of stage '{stage.name}' is not whole: {error}")
             break
         found = _of_full(after, before, model) if stage.train == "full" else _of_adapters(plan, index, after, before, is_fresh=plan.start is None)
-        numbers[stage.name] = {"changed": found.changed, "kept": found.kept, "not_compared": found.not_compared}
+        numbers[stage.name] = {"changed": found.changed, "kept": found.kept, "not_compared": found.not_compared, "without_gradient": found.idle}
         changed_in_all, kept_in_all = changed_in_all + found.changed, kept_in_all + found.kept
         if resolved_rate(stage).peak > 0 and stage.steps > 1:  # the first step may be made at rate 0
-            wrong += [f"stage '{stage.name}': {name} trains and did not change" for name in found.stuck]
+            is_few = 3 * len(found.idle) <= found.changed  # else it is no matter of a last block's last layers
+            idle += found.idle if is_few else []
+            wrong += [f"stage '{stage.name}': {name} trains and did not change" for name in (found.stuck if is_few else [*found.stuck, *found.idle])]
         wrong += [f"stage '{stage.name}': {name} does not train and changed" for name in found.moved]
         if stage.ema is not None and not after.has("ema"):
             wrong.append(f"stage '{stage.name}' keeps an average, and its checkpoint has none")
         if stage.handoff.adapter == "merge" and before is not None and not (stage_folder(folder, index, stage.name) / MERGED).is_dir():
             wrong.append(f"stage '{stage.name}' merges, and there is no base that the adapter was folded into")
-        before = after
-    return judged("what trains changes, and nothing else", wrong, f"{changed_in_all} weights and pairs changed, {kept_in_all} stayed as they were", numbers)
+        latest[stage.expert] = after
+    found_in_all = f"{changed_in_all} weights and pairs changed, {kept_in_all} stayed as they were"
+    if idle:
+        found_in_all += f"; the gradient of {', '.join(dict.fromkeys(idle))} is 0, for nothing comes of what they do in this model: leave them out of what trains"
+    return judged("what trains changes, and nothing else", wrong, found_in_all, numbers)
 
 
 @dataclass
@@ -180,27 +189,35 @@ class _Moves:
     """Those that train and did not change."""
     moved: list[str] = field(default_factory=list)
     """Those that do not train and changed."""
+    idle: list[str] = field(default_factory=list)
+    """Those that train and did not change, for their gradient was 0 in every step."""
 
-    def note(self, name: str, *, trains: bool, changed: bool) -> None:
+    def note(self, name: str, *, trains: bool, changed: bool, is_idle: bool = False) -> None:
         """Count one."""
         self.changed += changed
         self.kept += not changed
         if trains and not changed:
-            self.stuck.append(name)
+            (self.idle if is_idle else self.stuck).append(name)
         if changed and not trains:
             self.moved.append(name)
 
 
 def _of_full(after: Checkpoint, before: Checkpoint | None, model: Path) -> _Moves:
     """Every weight of the transformer trains."""
-    moves = _Moves()
+    moves, optimizer = _Moves(), after.tensors("optimizer")
     old = before.tensors("transformer") if before is not None and before.has("transformer") else _weights_of(model / "transformer")
     for name, value in after.tensors("transformer").items():
         if name not in old:
             moves.not_compared += 1
             continue
-        moves.note(name, trains=True, changed=not torch.equal(old[name].to(value.dtype), value))
+        moves.note(name, trains=True, changed=not torch.equal(old[name].to(value.dtype), value), is_idle=_is_idle(optimizer, name))
     return moves
+
+
+def _is_idle(optimizer: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the optimizer has seen a parameter, and no gradient of it but 0. name: of the model's parameter."""
+    seen = optimizer.get(f"{name}::exp_avg_sq")
+    return seen is not None and not bool(seen.any())
 
 
 def _weights_of(folder: Path) -> dict[str, Tensor]:
@@ -213,7 +230,7 @@ def _weights_of(folder: Path) -> dict[str, Tensor]:
 def _of_adapters(plan: Plan, index: int, after: Checkpoint, before: Checkpoint | None, *, is_fresh: bool) -> _Moves:
     """Pairs, by layer, of every adapter of the stage."""
     moves, stage, placed = _Moves(), plan.stages[index], placed_adapters(plan, index)
-    new = after.tensors("adapter")
+    new, optimizer = after.tensors("adapter"), after.tensors("optimizer")
     old = before.tensors("adapter") if before is not None and before.has("adapter") else {}
     for name, settings in placed.items():
         now, was = of_adapter(new, name), of_adapter(old, name)
@@ -221,15 +238,16 @@ def _of_adapters(plan: Plan, index: int, after: Checkpoint, before: Checkpoint |
         for layer in layers_of(now):
             own = {part: now[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in now}
             trains = not settings.frozen and trains_in(stage, name, layer, list(placed))
+            is_idle = _is_idle(optimizer, f"{layer}.lora_B.{name}.weight")
             if taken_over and stage.handoff.adapter == "shrink":
                 moves.not_compared += 1
             elif taken_over:
                 held = {part: was[f"{layer}.{part}"] for part in own if f"{layer}.{part}" in was}
-                moves.note(_called(name, layer), trains=trains, changed=_differs(own, held))
+                moves.note(_called(name, layer), trains=trains, changed=_differs(own, held), is_idle=is_idle)
             elif before is None and not is_fresh:
                 moves.not_compared += 1  # what `start` brings is compared by the handoff
             else:
-                moves.note(_called(name, layer), trains=trains, changed=_differs(own, _fresh(plan, name, settings, layer, own)))
+                moves.note(_called(name, layer), trains=trains, changed=_differs(own, _fresh(plan, name, settings, layer, own)), is_idle=is_idle)
     return moves
 
 
@@ -283,8 +301,10 @@ def handoffs(plan: Plan, folder: Path) -> Verdict:
     lines = {str(line["to"]): line for line in logged(folder, "handoff")}
     wrong, numbers, said = [], {}, []
     unmeasured = 0
-    for stage in plan.stages[1:]:
+    for index, stage in enumerate(plan.stages[1:], 1):
         line = lines.get(stage.name)
+        if line is None and all(stage.expert != earlier.expert for earlier in plan.stages[:index]):
+            continue  # the first stage of a transformer takes nothing over
         if line is None:
             wrong.append(f"the handoff to stage '{stage.name}' was not measured")
             continue
@@ -303,7 +323,7 @@ def handoffs(plan: Plan, folder: Path) -> Verdict:
         return Verdict("stages hand on what they learnt", "not proved", "there is one stage, and nothing to hand on")
     if unmeasured and not wrong:
         return Verdict("stages hand on what they learnt", "not proved", f"{unmeasured} handoffs had no rows to be measured on", numbers)
-    return judged("stages hand on what they learnt", wrong, "changed by " + ", ".join(said), numbers)
+    return judged("stages hand on what they learnt", wrong, "changed by " + ", ".join(said) if said else "each transformer has one stage", numbers)
 
 
 def resumed(plan: Plan, straight: Path, killed: Path, at: Killed | None) -> Verdict:
@@ -365,7 +385,7 @@ def published(plan: Plan, folder: Path) -> Verdict:
         elif not math.isfinite(difference):
             wrong.append(f"the adapter that was loaded back gives outputs that differ by {difference}")
         else:
-            said.append(f"the adapter, loaded by the stock pipeline, differs by at most {difference:.1g}")
+            said.append(f"the adapter, loaded as a user loads it, differs by at most {difference:.1g}")
         for file in sorted((folder / "adapter").glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -379,7 +399,7 @@ def published(plan: Plan, folder: Path) -> Verdict:
             numbers[file.name] = len(names)
             if "comfyui" in file.name.lower():
                 said.append(f"ComfyUI's file, {len(names)} keys")
-        if not (folder / "adapter" / ADAPTER_FILE).is_file():
+        if not any((folder / "adapter" / name).is_file() for name in (ADAPTER_FILE, SECOND_FILE, WEIGHTS_FILE)):
             wrong.append(f"adapter/{ADAPTER_FILE} is missing")
     return judged(promise, wrong, "; ".join(said), numbers)
 
