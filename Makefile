@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
-.PHONY: quickstart quickstart-short rehearse test docs clean
+.PHONY: quickstart quickstart-short rehearse test docs families clean
 
 quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
 	$(BIN)/python plans/digits.py data/digits
@@ -30,6 +30,12 @@ test: .venv/installed-dev  ## lint, types, tests
 
 docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	$(BIN)/python -m stages.plan_docs
+
+# The table says FAILED where a test fails, so it is written all the same; make ends with an error then.
+FAMILY_TESTS := tests/test_flux.py $(sort $(wildcard tests/test_family_*.py)) tests/test_pyramid.py tests/test_regions.py tests/test_comfyui.py tests/test_peft_layout.py
+families: .venv/installed-dev  ## test every family, and write the table of docs/families.md from what the tests say
+	-$(BIN)/python -m pytest $(FAMILY_TESTS) --quiet --junitxml=runs/families.xml
+	$(BIN)/python tests/families_table.py runs/families.xml
 
 # torch goes first and alone: its pin takes the CPU build where that is what the machine has, and nothing after it may choose another.
 .venv/installed: requirements.txt

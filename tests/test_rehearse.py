@@ -187,6 +187,26 @@ def test_layer_that_trains_though_it_must_not_and_layer_that_does_not_are_named(
 
 
 @pytest.mark.launch
+def test_layer_whose_gradient_is_zero_is_no_failure_and_is_named_and_one_with_a_gradient_that_stays_is(rehearsed: Path, tmp_path: Path, world: Path) -> None:
+    plan, folder, layer = small_plan(rehearsed), doctored(rehearsed, tmp_path), "transformer_blocks.0.attn.to_q"
+    before = read_checkpoint(folder / "stages" / "2-expose" / "step-000006").tensors("adapter")
+    stage = folder / "stages" / "3-refine"
+    checkpoint = read_checkpoint(stage / "step-000006")
+    state = {name: value for name, value in checkpoint.state.items() if name not in ("format", "step")}
+    tensors = {name: checkpoint.tensors(name) for name in ("adapter", "optimizer", "ema")}
+    tensors["adapter"] |= {name: value for name, value in before.items() if name.startswith(f"{layer}.")}
+    write_checkpoint(stage, 6, tensors, state)
+    found = verdicts.trained(plan, folder, world / "model")
+    assert found.outcome == "failed"
+    assert f"stage 'refine': {layer} trains and did not change" in found.found
+    tensors["optimizer"][f"{layer}.lora_B.default.weight::exp_avg_sq"].zero_()
+    write_checkpoint(stage, 6, tensors, state)
+    found = verdicts.trained(plan, folder, world / "model")
+    assert found.outcome == "proved"
+    assert f"the gradient of {layer} is 0" in found.found
+
+
+@pytest.mark.launch
 def test_resumed_run_that_ends_otherwise_is_named(rehearsed: Path, tmp_path: Path) -> None:
     plan, straight, at = small_plan(rehearsed), rehearsed / "straight", Killed(**record(rehearsed)["killed"])
 

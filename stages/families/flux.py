@@ -14,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
+from stages.families.patches import pack, unpack
 from stages.families.regions import attention_mask, token_masks
 from stages.families.schedules import flow_match_sigmas
 from stages.objectives.path import Path, Straight
@@ -66,7 +67,7 @@ class Flux:
 
     def predict(self, transformer: nn.Module, inputs: Inputs, model: Configs) -> Tensor:
         """The velocity. Reference k's tokens follow the target's and carry k as first position id."""
-        batch, channels, height, width = inputs.noised.shape
+        height, width = inputs.noised.shape[2:]
         device, text = inputs.noised.device, inputs.text
         assert text.pooled is not None
         embeds, mask = text.embeds, None
@@ -77,7 +78,7 @@ class Flux:
             others = sum(reference.shape[2] * reference.shape[3] // 4 for reference in inputs.references)
             mask = attention_mask(seen, [entity.embeds.shape[1] for entity in regions.texts], text.embeds.shape[1], others)
         images = [inputs.noised, *inputs.references]
-        hidden = torch.cat([_pack(image) for image in images], dim=1)
+        hidden = torch.cat([pack(image) for image in images], dim=1)
         positions = [_positions(number, image.shape[2] // 2, image.shape[3] // 2, device, inputs.scale if number == 0 else 1.0) for number, image in enumerate(images)]
         out = transformer(
             hidden_states=hidden,
@@ -90,9 +91,7 @@ class Flux:
             joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
             return_dict=False,
         )[0]
-        own = out[:, : (height // 2) * (width // 2)].float()
-        unpacked: Tensor = own.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
-        return unpacked
+        return unpack(out.float(), height, width)
 
     def seen_timestep(self, t: Tensor, compute: torch.dtype) -> Tensor:
         """FluxTransformer2DModel computes t x 1000 in its activations' dtype (diffusers 0.42.1): in bf16 a thousand timesteps become 500."""
@@ -116,12 +115,6 @@ class Flux:
 
 def _mu(config: Any, tokens: int) -> float:
     return float(calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift))
-
-
-def _pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] to [B, h/2 x w/2, 4 C]: each token is a 2 x 2 patch."""
-    batch, channels, height, width = latents.shape
-    return latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), 4 * channels)
 
 
 def _positions(number: int, height: int, width: int, device: torch.device, scale: float = 1.0) -> Tensor:
