@@ -159,16 +159,17 @@ def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor], place:
             parameter.copy_(weights[name])
 
 
-def choose_trainable(model: nn.Module, train: str | Sequence[str], place: str, *, frozen: Collection[str] = ()) -> dict[str, nn.Parameter]:
+def choose_trainable(model: nn.Module, train: str | Sequence[str], place: str, *, frozen: Collection[str] = (), unread: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Set which parameters train, and return them by name, float32.
 
     train: `adapter` (all of them), `full` (every weight of the transformer but the adapters'), or a list whose entries are names of adapters or
     patterns on the names of adapted layers (`cond:PATTERN` on those of one adapter). frozen: adapters that do not train, whatever `train` says.
-    place: where it stands in the plan, for the error. Raises TargetError if a pattern matches nothing.
+    unread: patterns on the names of weights that `full` leaves alone. place: where it stands in the plan, for the error. Raises TargetError if a pattern
+    matches nothing.
     """
     chosen: set[int] = set()
     if train == "full":
-        chosen = {id(parameter) for name, parameter in model.named_parameters() if ".lora_" not in name}
+        chosen = {id(parameter) for name, parameter in model.named_parameters() if ".lora_" not in name and not any(re.fullmatch(pattern, name) for pattern in unread)}
     else:
         pairs = [(adapter, layer, parameter) for adapter, layer, _, parameter in _parameters(model) if adapter not in frozen]
         names = [name for name in adapter_names(model) if name not in frozen]

@@ -21,11 +21,12 @@ from stages.checkpoint import Checkpoint, read_checkpoint
 from stages.families.family import Family
 from stages.objectives import flow
 from stages.pairs import grown, joined, layers_of, merged, ranks_of, rescaled, shrunk
-from stages.placed import DEFAULT, Placed, all_adapters, placed_adapters
+from stages.placed import DEFAULT, Placed, all_adapters, experts_of, placed_adapters
 from stages.plan import Plan, Stage
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import PlanError
 from stages.resolved import resolved_storage
+from stages.sampler import OtherExpert
 from stages.shown import show
 
 _PROBED_T = (0.1, 0.5, 0.9)
@@ -120,6 +121,24 @@ def carried(plan: Plan, stage: Stage, weights: Mapping[str, Tensor]) -> dict[str
     return {saved_name(name, each): value for name in sorted(elsewhere) for each, value in of_adapter(weights, name).items()}
 
 
+def other_experts(family: Family, plan: Plan, stage: Stage, weights: Mapping[str, Tensor]) -> tuple[OtherExpert, ...]:
+    """The model's other transformers, in evaluation mode, with what they have learnt so far. weights: the adapters of a checkpoint, theirs among them."""
+    if stage.expert is None:
+        return ()
+    index, owners = plan.stages.index(stage), experts_of(plan)
+    found = []
+    for expert in family.experts:
+        if expert == stage.expert:
+            continue
+        model = family.load_transformer(DTYPES[resolved_storage(stage)], None, expert)
+        theirs = {name: placed for name, placed in all_adapters(plan, index).items() if owners.get(name) == {expert} and of_adapter(weights, name)}
+        if theirs:
+            place_adapters(model, theirs, family.target_patterns, plan.seed)
+            load_adapter_weights(model, {saved_name(name, each): value for name in theirs for each, value in of_adapter(weights, name).items()}, stage.name)
+        found.append(OtherExpert(*family.expert_range(expert), model.requires_grad_(False).eval()))
+    return tuple(found)
+
+
 def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Baton) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A stage's transformer with what trains in it, by name.
 
@@ -136,7 +155,7 @@ def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Bat
             load_adapter_weights(model, {**begun, **{each: value for each, value in baton.adapter.items() if each not in others}}, baton.origin)
         if stage.precision != "fp32":
             without_input_casts(model)
-    trainable = choose_trainable(model, stage.train, f"{place}.train", frozen=[name for name, each in placed.items() if each.frozen])
+    trainable = choose_trainable(model, stage.train, f"{place}.train", frozen=[name for name, each in placed.items() if each.frozen], unread=family.unread)
     model.train()
     return model, trainable
 

@@ -396,14 +396,15 @@ class Leg:
         self.lanes.close()
         self.evaluate("end")
         with self.averaged():
-            if plan.previews.rows:
+            sampler = run.sampler(stage, self.precision, self.carried) if plan.previews.rows or run.judge is not None else None
+            if plan.previews.rows and sampler is not None:
                 shown = previews(
                     run.family,
                     self.model,
                     run.selections,
                     rows=plan.previews.rows,
                     shapes=run.shapes(stage),
-                    sampler=run.sampler(stage, self.precision),
+                    sampler=sampler,
                     seed=plan.seed,
                     accelerator=run.accelerator,
                 )
@@ -412,7 +413,7 @@ class Leg:
                     file.parent.mkdir(exist_ok=True)
                     sheet(shown).save(file)
                     run.log.write({"event": "preview", "stage": stage.name, "step": self.step, "file": str(file.relative_to(run.folder))})
-            judged = run.judged(self.model, stage, self.precision)
+            judged = run.judged(self.model, stage, sampler) if sampler is not None else None
         if judged and plan.evaluate.accuracy:
             untrained = run.base(stage)[2]
             record = {"event": "accuracy", "stage": stage.name, "step": self.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": untrained}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -12,7 +13,7 @@ from torch import nn
 from stages.adapter import choose_trainable, place_adapters
 from stages.check_model import read_folder
 from stages.explain import ModelFacts
-from stages.families.base import targets_in
+from stages.families.base import targets_in, unread_in
 from stages.families.open import ARCHITECTURES
 from stages.feed import Sizes
 from stages.placed import placed_adapters
@@ -37,11 +38,11 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     for index, stage in enumerate(plan.stages):
         place = f"stages[{index}].train"
         if stage.train == "full":
-            chosen = choose_trainable(plain, stage.train, place)
+            chosen = choose_trainable(plain, stage.train, place, unread=unread_in(ARCHITECTURES[model.family], _config(folder, model.family)))
         else:
             placed = placed_adapters(plan, index)
             adapted = _laid_out(folder, model.family)
-            place_adapters(adapted, placed, _targets(folder, model.family), plan.seed)
+            place_adapters(adapted, placed, targets_in(ARCHITECTURES[model.family], _config(folder, model.family)), plan.seed)
             chosen = choose_trainable(adapted, stage.train, place, frozen=[name for name, each in placed.items() if each.frozen])
         trainable.append(sum(parameter.numel() for parameter in chosen.values()))
     parameters = sum(parameter.numel() for parameter in plain.parameters())
@@ -54,15 +55,15 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     )
 
 
-def _targets(folder: str, family: str) -> Mapping[str, tuple[str, ...]]:
-    """What the words of `adapter.targets` stand for in the transformer of a folder."""
-    architecture = ARCHITECTURES[family]
-    return targets_in(architecture, architecture.transformer_class.load_config(folder, subfolder="transformer"))
+def _config(folder: str, family: str) -> Mapping[str, Any]:
+    """The config of a folder's transformer."""
+    config: Mapping[str, Any] = ARCHITECTURES[family].transformer_class.load_config(folder, subfolder="transformer")
+    return config
 
 
 def _laid_out(folder: str, family: str) -> nn.Module:
     """The transformer of a folder on torch's meta device, which holds shapes and no values."""
     transformer = ARCHITECTURES[family].transformer_class
     with torch.device("meta"):
-        model: nn.Module = transformer.from_config(transformer.load_config(folder, subfolder="transformer"))
+        model: nn.Module = transformer.from_config(_config(folder, family))
     return model

@@ -36,7 +36,7 @@ from stages.resolved import resolution_words, resolved_batch, resolved_plan, res
 if TYPE_CHECKING:
     from stages.explain import ModelFacts
     from stages.rehearsal.launches import Launched
-    from stages.rehearsal.verdicts import Verdict
+    from stages.rehearsal.verdict import Verdict
 
 RECORD = "rehearsal.json"
 _COPIED = 60  # rows of a large source
@@ -77,7 +77,7 @@ def checked_but_for_places(path: Path, settings: Sequence[str]) -> ReadPlan:
 
 def _names_what_is_there(problem: Problem, read: ReadPlan, root: Path) -> bool:
     """Whether a problem is one of a source whose data is here, or one of the source's fields, which no data cures."""
-    from stages.rehearsal.rows import is_there
+    from stages.rehearsal.own_rows import is_there
 
     name = next((name for name in sorted(read.plan.sources, key=len, reverse=True) if problem.where.startswith(f"sources.{name}")), None)
     if name is None:
@@ -185,7 +185,8 @@ def _small_sources(plan: Plan, likeness: Likeness, folder: Path, root: Path, sid
     """Every source with few rows: its own where they can be read in seconds, else made ones. Raises PlanError naming a source that is here and cannot be opened."""
     from mixing.columns import TASKS
     from stages.open_sources import open_selections
-    from stages.rehearsal.rows import first_rows, is_small, is_there, make_rows
+    from stages.rehearsal.own_rows import first_rows, is_small, is_there
+    from stages.rehearsal.rows import make_rows
 
     notes: list[str] = []
     own = {name: source for name, source in plan.sources.items() if source.prior is None and is_there(source, root)}

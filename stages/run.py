@@ -39,7 +39,7 @@ from stages.families.open import fingerprint, open_family
 from stages.feed import Sizes, budget_of, main_shapes
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
-from stages.handoff import Baton, probe, probe_batches, probed_names, read_baton
+from stages.handoff import Baton, other_experts, probe, probe_batches, probed_names, read_baton
 from stages.ledger import dropped_rows
 from stages.open_cache import open_cache
 from stages.open_sources import index_folder, open_selections
@@ -228,7 +228,9 @@ class Run:
                 t_range=self.t_range(stage),
             )
             outputs = known | probe(self.family, transformer, batches, precision, self.plan.seed)
-            untrained = self.judged(transformer, stage, precision)
+            untrained = None
+            if self._is_judged(stage):
+                untrained = self.judged(transformer, stage, self.sampler(stage, precision, {}))
             if self.accelerator.is_main_process:
                 measured.save(folder / f"{name}.json")
                 write_whole(folder / f"{name}-accuracy.json", json.dumps(untrained))
@@ -242,10 +244,10 @@ class Run:
         """Whether an evaluation has seen every source that has held-out rows."""
         return {name for name, selection in self.selections.items() if len(selection.held_out)} <= measured.losses.keys()
 
-    def judged(self, transformer: torch.nn.Module, stage: Stage, precision: StagePrecision) -> dict[str, float] | None:
+    def judged(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> dict[str, float] | None:
         """The judge's verdict on samples of a transformer, if the plan asks for one and this stage has its resolution."""
         asked = self.plan.evaluate.accuracy
-        if not asked or not self.judge or self.judge.resolution != main_resolution(stage):
+        if not asked or not self.judge or not self._is_judged(stage):
             return None
         return accuracy(
             self.family,
@@ -253,7 +255,7 @@ class Run:
             self.selections[asked.source],
             self.judge,
             samples=asked.samples,
-            sampler=self.sampler(stage, precision),
+            sampler=sampler,
             seed=self.plan.seed,
             accelerator=self.accelerator,
         )
@@ -262,9 +264,14 @@ class Run:
         """The noise levels that a stage's transformer is for."""
         return (0.0, 1.0) if stage.expert is None else self.family.expert_range(stage.expert)
 
-    def sampler(self, stage: Stage, precision: StagePrecision) -> Sampler:
-        """How samples are made in a stage."""
-        return Sampler(self.plan.previews.steps, precision, self.plan.previews.guidance, windows_of(stage))
+    def _is_judged(self, stage: Stage) -> bool:
+        """Whether samples of a stage are judged: where it has the resolution that the judge knows."""
+        return self.judge is not None and self.judge.resolution == main_resolution(stage)
+
+    def sampler(self, stage: Stage, precision: StagePrecision, carried: Mapping[str, torch.Tensor]) -> Sampler:
+        """How samples are made in a stage. carried: what the model's other transformers have learnt so far; they are loaded for it."""
+        others = other_experts(self.family, self.plan, stage, carried)
+        return Sampler(self.plan.previews.steps, precision, self.plan.previews.guidance, windows_of(stage), others)
 
 
 @contextmanager

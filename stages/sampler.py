@@ -17,6 +17,15 @@ from stages.shown import Shown
 
 
 @dataclass(frozen=True)
+class OtherExpert:
+    """Another of the model's transformers, for noise levels from `low` up to `high`, and for 1 where that is its end."""
+
+    low: float
+    high: float
+    transformer: nn.Module
+
+
+@dataclass(frozen=True)
 class Sampler:
     """How samples are made."""
 
@@ -26,6 +35,12 @@ class Sampler:
     """What the family is told where it takes guidance; else classifier-free guidance, 1 for none. None for what the family is usually sampled with."""
     windows: Windows | None = None
     """The levels of a pyramid; then `steps` are shared out among them. None for the way that the model's own pipeline goes."""
+    others: tuple[OtherExpert, ...] = ()
+    """What samples at noise levels that the transformer at hand is not for."""
+
+    def at(self, t: float, transformer: nn.Module) -> nn.Module:
+        """What samples at a noise level. transformer: the one at hand."""
+        return next((other.transformer for other in self.others if other.low <= t and (t < other.high or other.high == 1.0)), transformer)
 
 
 @torch.no_grad()
@@ -38,10 +53,11 @@ def sample(family: Family, transformer: nn.Module, shape: Sequence[int], image_k
         without = replace(shown, text=family.encode_prompts([""] * len(image_keys)), regions=None)
 
     def predict(x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
+        model = sampler.at(float(t[0]), transformer)
         with sampler.precision.autocast():
-            predicted = shown.predict(family, transformer, x, t, scale=scale, guidance=told)
+            predicted = shown.predict(family, model, x, t, scale=scale, guidance=told)
             if without is not None:
-                unguided = without.predict(family, transformer, x, t, scale=scale)
+                unguided = without.predict(family, model, x, t, scale=scale)
                 predicted = unguided + guidance * (predicted - unguided)
         return predicted
 

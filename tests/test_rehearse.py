@@ -24,11 +24,12 @@ from stages.plan import Batch, Change, LearningRate, Model, Plan, Source
 from stages.problems import PlanError
 from stages.reader import read_plan, to_yaml
 from stages.rehearsal import likeness as likeness_module
-from stages.rehearsal import verdicts
-from stages.rehearsal.launches import Killed, killable
+from stages.rehearsal import trained, verdicts
+from stages.rehearsal.launches import Killed, _environment, killable
 from stages.rehearsal.likeness import build_likeness, likeness_of
 from stages.rehearsal.miniature import SmallSource, Tiny, miniature, small_numbers, small_ranks, small_sides
-from stages.rehearsal.rows import first_rows, is_small, is_there, make_rows
+from stages.rehearsal.own_rows import first_rows, is_small, is_there
+from stages.rehearsal.rows import make_rows
 from stages.rehearse import checked_but_for_places, rehearse
 from stages.resolved import main_resolution, resolved_levels, resolved_plan, resolved_rate
 
@@ -179,7 +180,7 @@ def test_layer_that_trains_though_it_must_not_and_layer_that_does_not_are_named(
     stage = folder / "stages" / "1-found"
     checkpoint = read_checkpoint(stage / "step-000006")
     tensors = {name: checkpoint.tensors(name) for name in ("transformer", "optimizer")}
-    tensors["transformer"]["proj_out.bias"] = verdicts._weights_of(world / "model" / "transformer")["proj_out.bias"]
+    tensors["transformer"]["proj_out.bias"] = trained._weights_of(world / "model" / "transformer")["proj_out.bias"]
     write_checkpoint(stage, 6, tensors, {name: value for name, value in checkpoint.state.items() if name not in ("format", "step")})
     assert "stage 'found': proj_out.bias trains and did not change" in verdicts.trained(plan, folder, world / "model").found
     (stage / "step-000006" / "state.json").write_text("{}")
@@ -268,6 +269,13 @@ def test_run_is_killable_only_behind_a_checkpoint_inside_a_later_stage(tmp_path:
         assert killable(plan, tmp_path) == expected, events
 
 
+def test_runs_know_nothing_of_a_launcher_and_of_a_gpu() -> None:
+    own = _environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"})
+    assert own["CUDA_VISIBLE_DEVICES"] == ""
+    assert own["PATH"] == "/bin"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU"} & own.keys()
+
+
 # --- the plan in miniature --------------------------------------------------------------------------------------------------------------
 
 LAYERS = tuple(f"{stack}.{number}.attn.{layer}" for stack, number in (("transformer_blocks", 0), ("transformer_blocks", 1), ("single_transformer_blocks", 0)) for layer in ("to_q", "to_k"))
@@ -322,6 +330,16 @@ save_every: 100
     assert found.evaluate.every == 2
     assert (found.previews.rows, found.previews.steps, found.previews.guidance) == (1, 2, 4)
     assert (found.save_every, found.log_every, found.workers, found.track) == (2, 1, 0, "none")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "plans").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_plan_has_a_sound_miniature_of_few_steps(tmp_path: Path, file: Path) -> None:
+    whole, found, _ = small(tmp_path, file.read_text())
+    assert [stage.name for stage in found.stages] == [stage.name for stage in whole.stages]
+    assert sum(stage.steps for stage in found.stages) <= 6 * len(whole.stages)
+    repo = whole.model if isinstance(whole.model, str) else whole.model.repo
+    assert repo in KNOWN or repo == "data/digits/base", "a plan that is shipped rehearses where the Hub cannot be reached"
 
 
 def test_different_resolutions_stay_different_and_fit_the_levels_of_a_pyramid(tmp_path: Path) -> None:
@@ -558,7 +576,7 @@ def test_model_that_is_not_known_is_refused_with_the_cure(tmp_path: Path) -> Non
         ("stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", {"qk_norm": None}),
     ],
 )
-def test_tiny_model_has_what_its_name_promises(tmp_path: Path, repo: str, pipeline: str, has: Mapping[str, object]) -> None:
+def test_tiny_model_has_what_its_name_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, pipeline: str, has: Mapping[str, object]) -> None:
     plan = Plan.model_validate({"model": repo, "sources": {"s": {"path": "s"}}, "stages": [{"name": "a", "steps": 1, "batch": 1, "lr": 1, "resolution": 8}]})
     likeness = likeness_of(Model(repo=repo), tmp_path)
     assert likeness.pipeline == pipeline
@@ -568,6 +586,11 @@ def test_tiny_model_has_what_its_name_promises(tmp_path: Path, repo: str, pipeli
     assert {name: config[name] for name in has} == has
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == pipeline
     assert likeness_of(str(folder), tmp_path).own == folder
+    monkeypatch.setattr(likeness_module, "LARGEST_OWN", 0)  # a folder too large to be used itself is read for what it has
+    large = likeness_of(str(folder), tmp_path)
+    assert (large.own, large.pipeline, large.source) == (None, pipeline, "its folder")
+    again = build_likeness(large, plan, tmp_path / "again")
+    assert json.loads((again / "transformer" / "config.json").read_text()) == config
 
 
 # --- the plan that is rehearsed ---------------------------------------------------------------------------------------------------------
@@ -614,6 +637,6 @@ def test_shrunk_and_grown_pairs_are_told_from_changed_ones() -> None:
     down, up = torch.randn(2, 6), torch.randn(4, 2)
     grown = {"lora_A.weight": torch.cat([down, torch.randn(2, 6)]), "lora_B.weight": torch.cat([up * 2, torch.zeros(4, 2)], dim=1)}
     old = {"lora_A.weight": down, "lora_B.weight": up}
-    assert not verdicts._differs(grown, old)
-    assert verdicts._differs({**grown, "lora_B.weight": grown["lora_B.weight"] + 0.1}, old)
-    assert verdicts._differs({**grown, "lora_A.weight": grown["lora_A.weight"] + 0.1}, old)
+    assert not trained._differs(grown, old)
+    assert trained._differs({**grown, "lora_B.weight": grown["lora_B.weight"] + 0.1}, old)
+    assert trained._differs({**grown, "lora_A.weight": grown["lora_A.weight"] + 0.1}, old)

@@ -114,6 +114,8 @@ class Architecture(Protocol):
     """What the words of `adapter.targets` stand for: patterns on full module names, matched whole; {last} in one is the number of the last block."""
     version: int
     """Of `encode_image` and `encode_prompt`: raised when what they give changes, so that no older entry of a cache is used."""
+    unread: tuple[str, ...]
+    """Weights whose output nothing reads, so that they cannot learn: patterns on full names, matched whole, with {last} as in `target_patterns`."""
     empty_prompt: str
     """What the family was trained with where there is no prompt."""
     loads_adapters: bool
@@ -151,6 +153,12 @@ def targets_in(architecture: Architecture, transformer: Mapping[str, Any]) -> Ma
     """What the words of `adapter.targets` stand for in a transformer with this config."""
     last = str(int(transformer.get("num_layers", 0)) - 1)
     return {word: tuple(pattern.replace("{last}", last) for pattern in patterns) for word, patterns in architecture.target_patterns.items()}
+
+
+def unread_in(architecture: Architecture, transformer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns of weights that nothing reads in a transformer with this config."""
+    last = str(int(transformer.get("num_layers", 0)) - 1)
+    return tuple(pattern.replace("{last}", last) for pattern in architecture.unread)
 
 
 class TextStore(Protocol):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mixing.content import content_hash
 from mixing.tasks import without_placeholders
 from stages.digests import file_digest, folders_digest
-from stages.families.base import Architecture, Configs, Inputs, RegionTexts, Text, TextCache, targets_in
+from stages.families.base import Architecture, Configs, Inputs, RegionTexts, Text, TextCache, targets_in, unread_in
 from stages.families.facts import FAMILIES, Config, FamilyFacts, UnsuitableModel
 from stages.objectives.path import Path
 from stages.problems import RunError
@@ -99,6 +99,11 @@ class Family:
     def target_patterns(self) -> Mapping[str, tuple[str, ...]]:
         """What the words of `adapter.targets` stand for."""
         return targets_in(self.architecture, self.model.transformer)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Patterns of the weights whose output nothing reads."""
+        return unread_in(self.architecture, self.model.transformer)
 
     @property
     def factor(self) -> int:

@@ -43,6 +43,7 @@ class Flux:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = True
 

@@ -48,6 +48,7 @@ class Flux2:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = True
 

@@ -52,6 +52,7 @@ class OmniGen:
         "linear": _ATTENTION + _FEED_FORWARD,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     # Source: OmniGen's train_helper/data.py, where a dropped instruction becomes these letters and its images are dropped with it.
     empty_prompt = "<cfg>"
     loads_adapters = False

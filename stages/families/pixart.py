@@ -36,6 +36,7 @@ class PixArt:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = False
 

@@ -54,6 +54,7 @@ class QwenImage:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = (r"transformer_blocks\.{last}\.(attn\.to_add_out|txt_mlp\..*)\.(weight|bias)",)
     empty_prompt = " "
     """The negative prompt of the models' own cards."""
     loads_adapters = True

@@ -40,6 +40,7 @@ class Sana:
         "linear": _ATTENTION + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = True
 

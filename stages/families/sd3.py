@@ -39,6 +39,7 @@ class SD3:
         "linear": _ATTENTION + _FEED_FORWARD + _MODULATION,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = True
 

@@ -42,6 +42,7 @@ class Wan:
         "linear": _ATTENTION + _FEED_FORWARD,
     }
     version = 1
+    unread: tuple[str, ...] = ()
     empty_prompt = ""
     loads_adapters = True
 

@@ -1,40 +1,27 @@
-"""Rows: a few of a source's own where they can be read, and rows made of the right shape for its task where not."""
+"""Rows: made of the right shape for a source's task, under the columns that it names, so that its condition holds for most of them."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import io
-import json
-import os
 import random
 import re
-import shutil
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageDraw
 
 from mixing.columns import TASKS
 from mixing.keys import key
 from mixing.where import BUILT_IN, parse
-from stages.check_sources import IMAGE_SUFFIXES
-from stages.paths import place_of
 from stages.plan import Source
+from stages.rehearsal.writing import WRITERS, Kind, Names
 
-Kind = Literal["captioned", "metadata", "jsonl", "json", "csv", "parquet", "arrow", "tar"]
 Size = tuple[int, int]
 """Width and height in pixels."""
 
-_MOST_FILES = 4_000  # in a folder that is opened as it is
-_MOST_BYTES = 128 * 2**20  # of files that are opened as they are
 _COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220)}
 _SHAPES = ("square", "disc")
-_SHARD = 12  # rows of a .tar or a .parquet
 _TRIED = 600  # rows that a condition is tried on
 _LARGEST_SIDE = 4096
 
@@ -52,94 +39,6 @@ class Made:
     regions: int
     notes: tuple[str, ...]
     """What of the source they do not exercise."""
-
-
-# --- what can be read -------------------------------------------------------------------------------------------------------------------
-
-
-def is_there(source: Source, root: Path) -> bool:
-    """Whether something lies where a source's path leads. A dataset of the Hub lies here only as a folder USER/DATASET."""
-    if source.path.startswith("hub/"):
-        return (root / source.path.removeprefix("hub/")).is_dir()
-    return os.path.exists(place_of(root, source.path)) or bool(_files(source, root))
-
-
-def is_small(source: Source, root: Path) -> bool:
-    """Whether a source that is there is opened in seconds: a stream, of which only the first rows are read, or few files of few bytes."""
-    if source.stream:
-        return True
-    place = place_of(root, source.path.removeprefix("hub/"))
-    if os.path.isdir(place):
-        number = total = 0
-        for above, _, names in os.walk(place):
-            number += len(names)
-            if number > _MOST_FILES:
-                return False
-            total += sum(os.path.getsize(os.path.join(above, name)) for name in names if name.endswith((".parquet", ".arrow", ".tar")))
-        return total <= _MOST_BYTES
-    files = _files(source, root)
-    total = sum(map(os.path.getsize, files))
-    return total <= (_MOST_BYTES if source.path.endswith((".parquet", ".arrow", ".tar")) else _MOST_BYTES // 64)
-
-
-def _files(source: Source, root: Path) -> list[str]:
-    """The files that a pattern names; {000..063} as any number."""
-    pattern = re.sub(r"\{[^{}]*\}", "*", source.path)
-    try:
-        return sorted(filter(os.path.isfile, glob.glob(place_of(root, pattern), recursive=True)))
-    except (OSError, ValueError):
-        return []
-
-
-def first_rows(source: Source, folder: Path, root: Path, rows: int) -> str | None:
-    """Copy the first rows of a source that is too large to be opened, and return the place of the copies.
-
-    None for what is no folder of captioned images, no .jsonl file and no folder with a metadata.jsonl, and for a source whose rows a condition chooses.
-    """
-    place = Path(place_of(root, source.path))
-    lines = place if place.suffix == ".jsonl" else place / "metadata.jsonl"
-    if source.where is not None or not (place.is_dir() or lines.is_file()):
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    if lines.is_file():
-        with lines.open("rb") as opened:
-            first = [line for line in islice(opened, 2 * rows) if line.strip()][:rows]
-        for line in first:
-            _copy_files(line, lines.parent, folder)
-        (folder / lines.name).write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in first))
-        return str(folder if place.is_dir() else folder / lines.name)
-    for file in islice(_images_below(place), rows):
-        for each in (file, file.with_suffix(".txt")):
-            if each.is_file():
-                _copy(each, folder / each.relative_to(place))
-    return str(folder)
-
-
-def _images_below(place: Path) -> Iterator[Path]:
-    """The images of a folder, folder by folder, each in its order."""
-    for above, inner, names in os.walk(place):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (Path(above) / name for name in sorted(names) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."))
-
-
-def _copy_files(line: bytes, place: Path, folder: Path) -> None:
-    """Copy the files that a line of JSON names; a line that is none, and what lies elsewhere, is left to the source to judge."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return
-    for value in row.values() if isinstance(row, dict) else ():
-        for name in value if isinstance(value, list) else [value]:
-            if isinstance(name, str) and len(name) < 1024 and "\0" not in name and ".." not in Path(name).parts and not os.path.isabs(name) and (place / name).is_file():
-                _copy(place / name, folder / name)
-
-
-def _copy(file: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, place)
-
-
-# --- rows that are made -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,7 +77,7 @@ def make_rows(name: str, source: Source, folder: Path, *, rows: int, side: int, 
     references = [_references(source, named, row.number, several and kind != "tar") for row in made]
     regions = [_regions(source, named, row.number, kind) for row in made]
     written = [dict(_cells(row, source, named, of_references, of_regions)) for row, of_references, of_regions in zip(made, references, regions, strict=True)]
-    path = _WRITERS[kind](folder, written, named)
+    path = WRITERS[kind](folder, written, named)
     changed = source.model_copy(update={"path": path, "where": where, "take": take, "split": "train", "rows": rows if source.rows is not None else None})
     if source.split != "train":
         notes.append(f"sources.{name}.split was left out: made rows have none")
@@ -213,24 +112,13 @@ def _kind(source: Source, extra: set[str]) -> Kind:
     return "metadata" if needs else "captioned"
 
 
-@dataclass(frozen=True)
-class _Names:
-    """The columns of each role."""
-
-    target: str
-    references: tuple[str, ...]
-    prompt: str
-    entity_prompts: str
-    entity_masks: tuple[str, ...]
-
-
-def _names(source: Source, kind: Kind) -> _Names:
+def _names(source: Source, kind: Kind) -> Names:
     def asked(role: str, otherwise: str) -> tuple[str, ...]:
         names = next((names for asked_for, names in source.columns.items() if asked_for == role), otherwise)
         return (names,) if isinstance(names, str) else tuple(names)
 
     usual_target = "png" if kind == "tar" else "file_name" if kind == "metadata" else "image"
-    return _Names(
+    return Names(
         asked("target", usual_target)[0],
         asked("reference", "reference"),
         asked("prompt", "txt" if kind == "tar" else "prompt")[0],
@@ -239,7 +127,7 @@ def _names(source: Source, kind: Kind) -> _Names:
     )
 
 
-def _references(source: Source, named: _Names, number: int, several: bool) -> int:
+def _references(source: Source, named: Names, number: int, several: bool) -> int:
     if not TASKS[source.task].references or source.references == 0:
         return 0
     if source.stream:
@@ -249,7 +137,7 @@ def _references(source: Source, named: _Names, number: int, several: bool) -> in
     return 2 if several and number % 3 == 2 and "<|image_" not in (source.prompt or "") else 1
 
 
-def _regions(source: Source, named: _Names, number: int, kind: Kind) -> int:
+def _regions(source: Source, named: Names, number: int, kind: Kind) -> int:
     if not TASKS[source.task].regions:
         return 0
     if len(named.entity_masks) > 1 or kind == "tar":  # a member is one image
@@ -257,7 +145,7 @@ def _regions(source: Source, named: _Names, number: int, kind: Kind) -> int:
     return 1 + number % 2
 
 
-def _cells(row: _Row, source: Source, named: _Names, references: int, regions: int) -> Iterator[tuple[str, object]]:
+def _cells(row: _Row, source: Source, named: Names, references: int, regions: int) -> Iterator[tuple[str, object]]:
     """The columns of a row: images as bytes."""
     yield named.target, _picture(row.number, row.size)
     pictures = [_picture(row.number + 1 + each, row.size) for each in range(references)]
@@ -299,7 +187,7 @@ def _png(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-# --- conditions -------------------------------------------------------------------------------------------------------------------------
+# --- conditions -----------------------------------------------------------------------------------------------------------------------
 
 
 def _fulfilling(made: Sequence[_Row], where: str, source: Source, columns: Mapping[str, Sequence[str]]) -> list[_Row] | None:
@@ -364,137 +252,3 @@ def _candidates(name: str, where: str, numbers: Sequence[float], texts: Sequence
     if re.search(rf"{at}\s+is\b", where):
         return [1.0, None]
     return [True, False]
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _write_captioned(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    for number, row in enumerate(rows):
-        (folder / f"{number:04d}.png").write_bytes(_bytes(row[named.target]))
-        if isinstance(prompt := row.get(named.prompt), str):
-            (folder / f"{number:04d}.txt").write_text(prompt, encoding="utf-8")
-    return str(folder)
-
-
-def _write_metadata(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    _write_lines(folder / "metadata.jsonl", _as_files(folder, rows))
-    return str(folder)
-
-
-def _write_jsonl(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    return _write_lines(folder / "rows.jsonl", _as_files(folder, rows))
-
-
-def _write_json(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    file = folder / "rows.json"
-    file.write_text(json.dumps(list(_as_files(folder, rows))), encoding="utf-8")
-    return str(file)
-
-
-def _write_csv(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    file = folder / "rows.csv"
-    values = [{name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()} for row in _as_files(folder, rows)]
-    with file.open("w", encoding="utf-8", newline="") as opened:
-        table = csv.DictWriter(opened, list(dict.fromkeys(name for row in values for name in row)))
-        table.writeheader()
-        table.writerows(values)
-    return str(file)
-
-
-def _write_lines(file: Path, rows: Iterator[dict[str, object]]) -> str:
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
-def _as_files(folder: Path, rows: Sequence[Mapping[str, object]]) -> Iterator[dict[str, object]]:
-    """The rows, each image written into a file and named by it."""
-    (folder / "images").mkdir(exist_ok=True)
-    for number, row in enumerate(rows):
-        values: dict[str, object] = {}
-        for place, (name, value) in enumerate(row.items()):
-            contents = value if isinstance(value, list) else [value]
-            if not contents or not all(isinstance(content, bytes) for content in contents):
-                values[name] = value
-                continue
-            files = [f"images/{number:04d}-{place}-{each}.png" for each in range(len(contents))]
-            for file, content in zip(files, contents, strict=True):
-                (folder / file).write_bytes(_bytes(content))
-            values[name] = files if isinstance(value, list) else files[0]
-        yield values
-
-
-def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
-    """The rows as columns; images as `datasets` stores them."""
-
-    def stored(value: object) -> object:
-        if isinstance(value, list):
-            return [stored(each) for each in value]
-        return {"bytes": value, "path": None} if isinstance(value, bytes) else value
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [stored(row.get(name)) for row in rows] for name in names}
-    for name, values in columns.items():
-        if any(isinstance(value, list) for value in values):
-            columns[name] = [value if isinstance(value, list) or value is None else [value] for value in values]
-    return columns
-
-
-def _write_parquet(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    table = pa.table(_columns(rows))
-    for shard, start in enumerate(range(0, len(rows), _SHARD)):
-        parquet.write_table(table.slice(start, _SHARD), folder / f"rows-{shard:03d}.parquet", row_group_size=_SHARD // 2)
-    return str(folder / "*.parquet")
-
-
-def _write_arrow(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    import pyarrow as pa
-
-    table = pa.table(_columns(rows))
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    return str(folder / "rows.arrow")
-
-
-def _write_tar(folder: Path, rows: Sequence[Mapping[str, object]], named: _Names) -> str:
-    """Members by their column's name; what can be none, a text or a number of another column than a caption's, goes into the row's .json."""
-    for shard, start in enumerate(range(0, len(rows), _SHARD)):
-        with tarfile.open(folder / f"rows-{shard:03d}.tar", "w") as tar:
-            for number, row in enumerate(rows[start : start + _SHARD], start):
-                fields: dict[str, object] = {}
-                for name, value in row.items():
-                    if isinstance(value, bytes):
-                        _add(tar, f"{number:04d}.{name}", value)
-                    elif name == named.prompt and isinstance(value, str) and name in ("txt", "caption"):
-                        _add(tar, f"{number:04d}.{name}", value.encode())
-                    else:
-                        fields[name] = value
-                if fields:
-                    _add(tar, f"{number:04d}.json", json.dumps(fields).encode())
-    return str(folder / "*.tar")
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def _bytes(value: object) -> bytes:
-    assert isinstance(value, bytes)
-    return value
-
-
-_WRITERS = {
-    "captioned": _write_captioned,
-    "metadata": _write_metadata,
-    "jsonl": _write_jsonl,
-    "json": _write_json,
-    "csv": _write_csv,
-    "parquet": _write_parquet,
-    "arrow": _write_arrow,
-    "tar": _write_tar,
-}
