@@ -92,6 +92,10 @@ def _against(stage: Stage, family: str, pipeline: str, facts: FamilyFacts) -> It
 def _experts(stage: Stage, family: str, experts: tuple[str, ...]) -> Iterator[tuple[Location, str]]:
     if stage.expert is not None and stage.expert not in experts:
         yield ("expert",), f"this model ({family}) has one transformer for all noise levels; remove it"
+    elif stage.expert is not None and stage.train == "full":
+        yield ("train",), "'full' of one of two transformers is not handed on to a stage of the other; train an adapter"
+    elif stage.expert is not None and stage.handoff.adapter == "merge":
+        yield ("handoff", "adapter"), "'merge' into one of two transformers is not handed on to a stage of the other; choose continue"
     if experts and stage.expert is None:
         yield ("name",), f"the model has {len(experts)} transformers; say which one this stage trains, expert: {' or '.join(experts)}"
 

@@ -81,6 +81,7 @@ WRONG = {
     "mode of no dropout": ("flux", "dropout: {mode: joint}", ["stages[0].dropout.mode: nothing is left out; give dropout.prompt, or remove it"]),
     "expert of a model with one transformer": ("one", "expert: high", ["stages[0].expert: this model (wan) has one transformer for all noise levels; remove it"]),
     "expert of a family without": ("flux", "expert: low", ["stages[0].expert: this model (flux) has one transformer for all noise levels; remove it"]),
+    "full weights of an expert": ("experts", "expert: high, train: full", ["stages[0].train: 'full' of one of two transformers is not handed on to a stage of the other; train an adapter"]),
     "no expert": ("experts", "precision: bf16", ["stages[0].name: the model has 2 transformers; say which one this stage trains, expert: high or low"]),
     "fp16 of sana": ("sana", "precision: fp16", ["stages[0].precision: sana cannot be trained in fp16: its linear attention leaves the range of fp16 under autocast, without a warning; choose bf16 or fp32"]),
     "references that prompts see": ("edit", "dropout: {references: 0.1}", [
