@@ -32,7 +32,7 @@ docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	$(BIN)/python -m stages.plan_docs
 
 # The table says FAILED where a test fails, so it is written all the same; make ends with an error then.
-FAMILY_TESTS := tests/test_flux.py $(sort $(wildcard tests/test_family_*.py)) tests/test_pyramid.py tests/test_regions.py tests/test_comfyui.py tests/test_peft_layout.py
+FAMILY_TESTS := tests/test_flux.py $(sort $(wildcard tests/test_family_*.py)) tests/test_pyramid.py tests/test_regions.py tests/test_region_pipeline.py tests/test_comfyui.py tests/test_peft_layout.py
 families: .venv/installed-dev  ## test every family, and write the table of docs/families.md from what the tests say
 	-$(BIN)/python -m pytest $(FAMILY_TESTS) --quiet --junitxml=runs/families.xml
 	$(BIN)/python tests/families_table.py runs/families.xml

@@ -394,7 +394,8 @@ class Stage(_Word):
     precision: Precision = "bf16"
     """What the stage multiplies in. fp16 uses loss scaling."""
     base: Storage | None = None
-    """What the frozen weights are stored in. Left out: fp32 for `precision: fp32` and for `train: full`, else bf16."""
+    """What the frozen weights are stored in. Left out: bf16 for `precision: bf16`, unless `train: full`; else fp32 (fp16 and bf16 do
+    not mix in every model)."""
     train: Literal["adapter", "full"] | list[str] = "adapter"
     """`adapter`: the whole adapter, or all of them. `full`: the transformer's own weights. A list: each entry the name of an adapter, or a pattern: the
     pairs on modules whose full name matches it, of one adapter where its name and a colon stand before (`cond:transformer_blocks\\..*`). What does

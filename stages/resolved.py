@@ -80,7 +80,7 @@ def resolved_storage(stage: Stage) -> Storage:
     """What the stage's frozen weights are stored in."""
     if stage.base is not None:
         return stage.base
-    return "fp32" if stage.precision == "fp32" or stage.train == "full" else "bf16"
+    return "bf16" if stage.precision == "bf16" and stage.train != "full" else "fp32"
 
 
 def resolved_plan(plan: Plan) -> Plan:

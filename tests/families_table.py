@@ -62,9 +62,9 @@ CLAIMS = (
     Claim("every input", _FAMILY_FILES, r"every_input_changes_the_output"),
     Claim("published adapter", _FAMILY_FILES + "|test_peft_layout", r"published_adapter_loads_in_the_stock_pipeline|peft_loads_the_folder"),
     Claim("pyramid", r"test_pyramid", r""),
-    Claim("regions", _FAMILY_FILES + "|test_regions", r"region|mask|entit"),
+    Claim("regions", _FAMILY_FILES + "|test_regions|test_region_pipeline", r"region|mask|entit"),
     Claim("whole run", r"test_family_runs", r"a_whole_run"),
-    Claim("every weight", r"test_family_runs", r"every_weight_has_a_gradient"),
+    Claim("every weight", r"test_family_runs", r"every_weight_that_is_read_has_a_gradient"),
     Claim("ComfyUI", r"test_comfyui", r""),
 )
 """In the order of the columns."""
@@ -73,7 +73,7 @@ NOT_APPLICABLE: Mapping[str, Sequence[str]] = {
     # These two take no references; what Medley shows them with references is compared with the steps of Kontext and of Edit, whose transformers are the same.
     "FluxPipeline": ("step, references",),
     "QwenImagePipeline": ("step, references",),
-    # And these are not run without.
+    # These are not run without.
     "FluxKontextPipeline": ("step",),
     "QwenImageEditPipeline": ("step",),
     "QwenImageEditPlusPipeline": ("step",),
@@ -84,8 +84,8 @@ _NAMED: Mapping[str, str] = {
     "FluxKontextPipeline": r"kontext_pipeline",
     "Flux2Pipeline": r"flux2 dev",
     "Flux2KleinPipeline": r"flux2 klein",
-    "PixArtAlphaPipeline": r"\[alpha\b",
-    "PixArtSigmaPipeline": r"\[sigma\b",
+    "PixArtAlphaPipeline": r"\[alpha[-\]]",
+    "PixArtSigmaPipeline": r"\[sigma[-\]]",
     "QwenImageEditPipeline": r"test_edit_one_step",
     "QwenImageEditPlusPipeline": r"test_edit_plus_one_step",
 }
@@ -155,7 +155,7 @@ def families_of(case: Case) -> list[str]:
         return [family]
     test, _, parameters = case.name.rstrip("]").partition("[")
     named = [name for name in FAMILIES if name in parameters.split("-") or f"_{name}_" in f"{test}_"]
-    if case.module == "test_regions" and not named:
+    if case.module in ("test_regions", "test_region_pipeline") and not named:
         return [name for name, facts in FAMILIES.items() if any("entity" in tasks for tasks in facts.pipelines.values())]
     return named
 

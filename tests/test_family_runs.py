@@ -44,8 +44,8 @@ PUBLISHED: Mapping[str, set[str]] = {
     "wan": {"pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors", "comfyui.safetensors", "comfyui_2.safetensors"},
 }
 """What else than the file that `load_lora_weights` reads, or in its place."""
-WITHOUT_GRADIENT: Mapping[str, str] = {"qwen_image": "transformer_blocks.1.attn.to_add_out.weight"}
-"""What the last block of QwenImageTransformer2DModel makes of the text is read by nothing (diffusers 0.42.1): six of the tiny model's weights."""
+UNREAD: Mapping[str, int] = {"qwen_image": 9408}
+"""Numbers of the tiny transformer that nothing reads: what the last block of QwenImageTransformer2DModel makes of the text (diffusers 0.42.1)."""
 ONE_REFERENCE = "QwenImageEditPipeline"
 
 
@@ -157,18 +157,13 @@ def full_plan(family: str, pipeline: str, folder: Path, data: Path) -> dict[str,
     return plan | {"stages": [{**stage, **expert, "name": "found", "steps": 1, "train": "full", "precision": "fp32", "lr": 1e-4}], "previews": {"rows": 0}}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITHOUT_GRADIENT])
-def test_a_whole_transformer_takes_a_step_in_which_every_weight_has_a_gradient(family: str, data: Path, tmp_path: Path) -> None:
-    """A stage in which a weight has none ends with an error."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_transformer_takes_a_step_in_which_every_weight_that_is_read_has_a_gradient(family: str, data: Path, tmp_path: Path) -> None:
+    """A stage in which a weight has none ends with an error, but for those that nothing reads, whose number stands in UNREAD."""
     printed = carry_out(tmp_path / "run", full_plan(family, next(iter(FAMILIES[family].pipelines)), tmp_path, data))
     (step,) = events(tmp_path / "run", "step")
     assert math.isfinite(step["loss"]), printed
     assert step["grad_norm"] > 0
+    stage = events(tmp_path / "run", "stage")[0]
+    assert stage["parameters"] - stage["trainable"] == UNREAD.get(family, 0)
     assert (tmp_path / "run" / "model" / "model_index.json").is_file(), printed
-
-
-@pytest.mark.parametrize(("family", "named"), WITHOUT_GRADIENT.items())
-def test_a_whole_transformer_is_not_trained_where_its_library_leaves_weights_without_a_gradient(family: str, named: str, data: Path, tmp_path: Path) -> None:
-    """To fail once it can be: then docs/families.md has to say so."""
-    printed = carry_out(tmp_path / "run", full_plan(family, next(iter(FAMILIES[family].pipelines)), tmp_path, data), expect=1)
-    assert f"trainable weights got no gradient, such as {named}" in " ".join(printed.split())

@@ -593,7 +593,7 @@ def test_computed_defaults_are_those_of_the_plan_language() -> None:
     assert resolved_rate(stage_of(lr={"peak": 1e-4, "warmup": 0})).warmup == 0
     assert resolved_rate(stage_of()).floor is None
     assert resolved_rate(stage_of(lr={"peak": 1e-4, "schedule": "linear"})).floor == 0
-    storages = {("fp32", "adapter"): "fp32", ("bf16", "adapter"): "bf16", ("fp16", "adapter"): "bf16", ("bf16", "full"): "fp32"}
+    storages = {("fp32", "adapter"): "fp32", ("bf16", "adapter"): "bf16", ("fp16", "adapter"): "fp32", ("bf16", "full"): "fp32"}
     for (precision, train), storage in storages.items():
         assert resolved_storage(stage_of(precision=precision, train=train)) == storage
     assert resolved_storage(stage_of(precision="fp32", base="bf16")) == "bf16"

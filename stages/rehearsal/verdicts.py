@@ -122,7 +122,7 @@ def handoffs(plan: Plan, folder: Path) -> Verdict:
     unmeasured = 0
     for index, stage in enumerate(plan.stages[1:], 1):
         line = lines.get(stage.name)
-        if line is None and all(stage.expert != earlier.expert for earlier in plan.stages[:index]):
+        if all(stage.expert != earlier.expert for earlier in plan.stages[:index]):
             continue  # the first stage of a transformer takes nothing over
         if line is None:
             wrong.append(f"the handoff to stage '{stage.name}' was not measured")
@@ -141,7 +141,7 @@ def handoffs(plan: Plan, folder: Path) -> Verdict:
     if len(plan.stages) == 1:
         return Verdict("stages hand on what they learnt", "not proved", "there is one stage, and nothing to hand on")
     if unmeasured and not wrong:
-        return Verdict("stages hand on what they learnt", "not proved", f"{unmeasured} handoffs had no rows to be measured on", numbers)
+        return Verdict("stages hand on what they learnt", "not proved", f"{unmeasured} of {len(plan.stages) - 1} handoffs had no rows to be measured on", numbers)
     return judged("stages hand on what they learnt", wrong, "changed by " + ", ".join(said) if said else "each transformer has one stage", numbers)
 
 
