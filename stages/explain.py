@@ -20,7 +20,7 @@ from stages.feed import Sizes, stage_mixture
 from stages.placed import newest, placed_adapters, target_of
 from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage
 from stages.problems import PlanError
-from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
+from stages.resolved import objective_words, resolution_words, resolved_rate, resolved_storage, step_words
 
 MANY_EPOCHS = 20
 _BYTES_OF_TRAINED = 16  # of each parameter: float32 weight, gradient and AdamW's two moments
@@ -83,6 +83,9 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
         _say(console, Text(warning, style="yellow"))
 
 
+_OPERATIONS_A_SECOND = 1e14
+
+
 def explain_run(plan: Plan, console: Console) -> None:
     """Open the plan's sources, read its model's configs, and explain. Raises PlanError if either cannot be done, or if it does not fit.
 
@@ -126,12 +129,15 @@ def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | No
     rows["images"] = seen
     if stage.handoff.adapter != "continue":
         rows["adapter"] = _handed_on(plan, index)
+    if asks := objective_words(stage):
+        rows["asks"] = asks
     rows["trains"] = _trains(stage, list(plan.adapters), model.trainable[index] if model else None)
     rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
     rows["rate"] = rate_words(resolved_rate(stage), stage.steps)
     if model:
         size = byte_words(stage_bytes(index, stage, model))
         rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top"
+        rows["work"] = work_words(stage, model, mixture.tokens_before(stage.steps))
     for name, fact in rows.items():
         facts.add_row(name, Text(fact))  # a Text, so that the brackets of a pattern are no markup
     return facts
@@ -181,6 +187,18 @@ def stage_bytes(index: int, stage: Stage, model: ModelFacts) -> int:
     """Bytes of a stage's weights, gradients and optimizer; activations come on top. index: the stage's number, from 0."""
     trained = model.trainable[index] * (_BYTES_OF_TRAINED + (_BYTES_OF_AVERAGE if stage.ema is not None else 0))
     return trained + (0 if stage.train == "full" else model.base_bytes[resolved_storage(stage)])
+
+
+def work_words(stage: Stage, model: ModelFacts, tokens: int) -> str:
+    """The floating-point operations of a stage, and how long a device takes that makes 100 million million of them a second. tokens: of the whole stage.
+
+    Arithmetic, not measured: 2 for each weight and token forwards, 2 backwards to the inputs, and 2 to the weights where those train; attention between tokens,
+    encoders, evaluation and recomputed activations come on top.
+    """
+    operations = (6 if stage.train == "full" else 4) * model.parameters * tokens
+    hours = operations / _OPERATIONS_A_SECOND / 3600
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.0f} minutes" if hours >= 1 / 60 else "less than a minute"
+    return f"about {operations:.1e} operations, {took} at 100 TFLOP/s; attention and encoders come on top"
 
 
 def rate_words(rate: LearningRate, steps: int) -> str:

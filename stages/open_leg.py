@@ -25,7 +25,7 @@ from stages.placed import DEFAULT, newest, placed_adapters
 from stages.plan import Stage
 from stages.precision import StagePrecision
 from stages.reader import PlanError
-from stages.resolved import resolution_words, resolved_rate, resolved_storage, step_words
+from stages.resolved import objective_words, resolution_words, resolved_rate, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import JudgeError
 from stages.stage_event import stage_event
@@ -240,6 +240,8 @@ def show_stage(leg: Leg) -> None:
         f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {step_words(stage)} at {resolution_words(stage)} pixels, "
         f"in {stage.precision} over a base in {resolved_storage(stage)}; trains {what} ({trained:,} numbers) at {rate.peak:g}, {rate.schedule}"
     )
+    if asks := objective_words(stage):
+        run.log.say(f"  {asks}")
     table = Table(box=None, pad_edge=True, header_style="dim")
     for column in ("source", "rows", "share", "images", "epochs"):
         table.add_column(column, justify="left" if column == "source" else "right")

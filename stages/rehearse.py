@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mixing.buckets import Signature
 from stages.check import check_plan
 from stages.check_model import model_problems, read_folder
 from stages.check_objectives import family_problems
 from stages.check_sources import source_problems
-from stages.explain import byte_words, rate_words, short, stage_bytes
+from stages.explain import byte_words, rate_words, short, stage_bytes, work_words
 from stages.families.facts import FAMILIES, UnsuitableModel, tasks_of
 from stages.paths import place_of
 from stages.plan import Change, Plan, Prior, Source, Take
@@ -31,7 +32,7 @@ from stages.problems import PlanError, Problem
 from stages.reader import ReadPlan, read_plan, to_yaml
 from stages.rehearsal.likeness import Likeness, build_likeness, likeness_of
 from stages.rehearsal.miniature import SmallSource, Tiny, miniature, small_numbers, small_sides
-from stages.resolved import resolution_words, resolved_batch, resolved_plan, resolved_rate, step_words
+from stages.resolved import main_resolution, resolution_words, resolved_batch, resolved_plan, resolved_rate, step_words
 
 if TYPE_CHECKING:
     from stages.explain import ModelFacts
@@ -287,6 +288,9 @@ def full_run(plan: Plan, facts: ModelFacts | None) -> list[tuple[str, str]]:
             words.append("memory is not known, for the model's configs could not be had")
         else:
             words.append(f"{byte_words(stage_bytes(index, stage, facts))} of weights, gradients and optimizer, and activations on top")
+            side = main_resolution(stage)
+            tokens = total * (1 if batch.images is None else facts.sizes.tokens(Signature((side, side), ())))
+            words.append(work_words(stage, facts, tokens))
         rows.append((stage.name, "; ".join(words)))
     return rows
 

@@ -6,7 +6,7 @@ import re
 
 from stages.objectives.windows import Windows
 from stages.placed import newest, placed_adapters
-from stages.plan import Batch, Change, LearningRate, Level, Plan, Ramped, Stage, Storage
+from stages.plan import Batch, Change, LearningRate, Level, Plan, Ramped, Stage, Storage, Timesteps
 
 
 def resolved_batch(stage: Stage) -> Batch:
@@ -42,6 +42,39 @@ def level_shares(stage: Stage, images: int) -> tuple[tuple[float, ...], tuple[fl
     if isinstance(shares, Ramped):
         return tuple(shares.first), tuple(shares.last), images
     return tuple(shares) if shares is not None else (1.0, 2.0, 1.0) if levels == 3 else (1.0,) * levels, None, None
+
+
+def objective_words(stage: Stage) -> str:
+    """What a stage asks of the transformer beside the usual, in words: `a pyramid of 3 levels, 1 : 2 : 1; bell weighting`; empty if nothing."""
+    said = []
+    if stage.expert:
+        said.append(f"the expert for {stage.expert} noise")
+    if stage.pyramid is not None:
+        first, last, _ = level_shares(stage, 1)
+        ends = [" : ".join(f"{share:g}" for share in shares) for shares in (first, last) if shares is not None]
+        said.append(f"a pyramid of {stage.pyramid.levels} levels, {' to '.join(ends)}" + ("" if stage.pyramid.loss == "original" else ", all alike in the loss"))
+    asked = stage.timesteps
+    if asked != Timesteps():
+        parts = [asked.density or "", "" if asked.shift == "auto" else f"shift {asked.shift if isinstance(asked.shift, str) else format(asked.shift, 'g')}"]
+        parts += [f"{asked.range[0]:g} to {asked.range[1]:g}" if asked.range != (0.0, 1.0) else "", "stratified" if asked.stratified else ""]
+        if said_of_noise := ", ".join(filter(None, parts)):
+            said.append(f"noise levels {said_of_noise}")
+    if stage.loss.weighting != "none":
+        said.append(f"{stage.loss.weighting} weighting")
+    if stage.loss.per == "token":
+        said.append("the loss per token")
+    if stage.loss.changed is not None:
+        said.append("edits weighed where they change")
+    said += [f"{name} counts {factor:g}" for name, factor in stage.loss.sources.items()]
+    dropout = stage.dropout
+    if dropout.mode == "joint" and dropout.prompt:
+        said.append(f"without prompt and references {dropout.prompt:.3g} of the time")
+    else:
+        if dropout.prompt:
+            said.append(f"without prompt {dropout.prompt:.3g} of the time")
+        if dropout.references:
+            said.append(f"without references {dropout.references:.3g} of the time" + (", where the prompt went" if dropout.mode == "nested" else ""))
+    return "; ".join(said)
 
 
 def step_words(stage: Stage) -> str:

@@ -21,7 +21,8 @@ from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.feed import Sizes
 from stages.model_facts import model_facts
-from stages.plan import Plan
+from stages.plan import Plan, Stage
+from stages.resolved import objective_words
 
 SIZES = {"t2i": 1000, "edit": 50, "a-source-with-a-name-of-64-characters-that-goes-on-and-on-and-on": 3, "never": 7}
 LONG = list(SIZES)[2]
@@ -176,3 +177,19 @@ def test_pattern_that_matches_nothing_is_an_error_of_the_facts(tmp_path: Path) -
     plan = PLAN.model_copy(update={"model": str(tiny_flux(tmp_path / "model", pixels=True))})
     with pytest.raises(ValueError, match=r"stages\[1\]\.train: pattern"):
         model_facts(plan)
+
+
+def test_what_a_stage_asks_beside_the_usual_is_said() -> None:
+    stage = PLAN.stages[0].model_dump(by_alias=True) | {
+        "pyramid": {"levels": 3, "shares": {"from": [1, 1, 1], "to": [1, 2, 1]}},
+        "loss": {"per": "token", "sources": {"t2i": 0.5}},
+        "dropout": {"mode": "nested", "prompt": 0.1, "references": 0.5},
+    }
+    assert objective_words(Stage.model_validate(stage)) == (
+        "a pyramid of 3 levels, 1 : 1 : 1 to 1 : 2 : 1; the loss per token; t2i counts 0.5; without prompt 0.1 of the time; without references 0.5 of the time, where the prompt went"
+    )
+    stage |= {"pyramid": None, "loss": {"weighting": "bell"}, "dropout": {"mode": "joint", "prompt": 0.1}, "timesteps": {"density": "uniform", "shift": 3.0, "range": [0.1, 0.9], "stratified": True}, "expert": "high"}
+    assert objective_words(Stage.model_validate(stage)) == (
+        "the expert for high noise; noise levels uniform, shift 3, 0.1 to 0.9, stratified; bell weighting; without prompt and references 0.1 of the time"
+    )
+    assert objective_words(PLAN.stages[0]) == ""
