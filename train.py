@@ -130,7 +130,7 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
 
     quiet_libraries()
     from stages.finish import finish
-    from stages.run import open_run
+    from stages.open_run import open_run
 
     with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run:
         for index, stage in enumerate(run.plan.stages):
@@ -151,6 +151,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     import torch
 
+    from stages.finish_leg import finish_leg
     from stages.objectives.parts import errors
     from stages.objectives.parts import losses as weighted
     from stages.open_leg import open_leg
@@ -214,7 +215,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                 run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
                 return None
 
-    return leg.finish()
+    return finish_leg(leg)
 
 
 if __name__ == "__main__":

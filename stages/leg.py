@@ -23,10 +23,9 @@ from mixing.keys import key
 from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
 from stages.adapter import adapter_weights
-from stages.checkpoint import Checkpoint, keep_newest, read_checkpoint, step_folder, write_checkpoint, write_whole
+from stages.checkpoint import keep_newest, step_folder, write_checkpoint, write_whole
 from stages.dropout import Drawing
 from stages.evaluate import Measured, evaluate
-from stages.handoff import probe, probe_batches
 from stages.ledger import ledger_entry
 from stages.objective import Objective
 from stages.objectives.parts import Part
@@ -36,11 +35,8 @@ from stages.plan import Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
-from stages.report import write_report
 from stages.run import Run
-from stages.sampling import previews, sheet
 from stages.shown import Shown, show
-from stages.stage_event import stage_event
 
 if TYPE_CHECKING:
     from mixing.lanes import State
@@ -388,49 +384,3 @@ class Leg:
         hits, misses = self.run.cache.hits, self.run.cache.misses
         counts = self.summed([hits["latents"], misses["latents"], hits["text"], misses["text"]])
         return {"images": (counts[0], counts[1]), "prompts": (counts[2], counts[3])}
-
-    def finish(self) -> Checkpoint:
-        """The stage's last duties: evaluate, sample, save, report, and let go of the model. Returns the last checkpoint."""
-        run, stage, plan = self.run, self.stage, self.run.plan
-        run.log.end_bar()
-        self.lanes.close()
-        self.evaluate("end")
-        with self.averaged():
-            sampler = run.sampler(stage, self.precision, self.carried) if plan.previews.rows or run.judge is not None else None
-            if plan.previews.rows and sampler is not None:
-                shown = previews(
-                    run.family,
-                    self.model,
-                    run.selections,
-                    rows=plan.previews.rows,
-                    shapes=run.shapes(stage),
-                    sampler=sampler,
-                    seed=plan.seed,
-                    accelerator=run.accelerator,
-                )
-                if run.accelerator.is_main_process and shown:
-                    file = run.folder / "previews" / f"{self.index + 1}-{stage.name}.png"
-                    file.parent.mkdir(exist_ok=True)
-                    sheet(shown).save(file)
-                    run.log.write({"event": "preview", "stage": stage.name, "step": self.step, "file": str(file.relative_to(run.folder))})
-            judged = run.judged(self.model, stage, sampler) if sampler is not None else None
-        if judged and plan.evaluate.accuracy:
-            untrained = run.base(stage)[2]
-            record = {"event": "accuracy", "stage": stage.name, "step": self.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": untrained}
-            run.log.write(record)
-            run.log.say(
-                f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
-                f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
-            )
-        with self.still():
-            probed = probe(run.family, self.model, probe_batches(run.selections, run.shapes(stage)), self.precision, plan.seed)
-        encoded = self.encoded()
-        run.log.write({**stage_event(self), "state": "end", "seconds": round(self.seconds_before + time.monotonic() - self.began, 3), "encoded": encoded})
-        if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:
-            run.log.say(f"  cache so far in this launch: {'; '.join(said)}")
-        self.save(finished=True, probed=probed)
-        if run.accelerator.is_main_process:
-            write_report(run.folder)
-        run.accelerator.wait_for_everyone()
-        run.accelerator.free_memory()
-        return read_checkpoint(step_folder(run.stage_folder(self.index), stage.steps))

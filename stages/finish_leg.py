@@ -1,0 +1,59 @@
+"""Finish a leg: the stage's last duties, which are to evaluate, sample, save, report, and let go of the model."""
+
+from __future__ import annotations
+
+import time
+
+from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
+from stages.handoff import probe, probe_batches
+from stages.leg import Leg
+from stages.report import write_report
+from stages.sampling import previews, sheet
+from stages.stage_event import stage_event
+
+
+def finish_leg(leg: Leg) -> Checkpoint:
+    """Carry them out. Returns the stage's last checkpoint."""
+    run, stage, plan = leg.run, leg.stage, leg.run.plan
+    run.log.end_bar()
+    leg.lanes.close()
+    leg.evaluate("end")
+    with leg.averaged():
+        sampler = run.sampler(stage, leg.precision, leg.carried) if plan.previews.rows or run.judge is not None else None
+        if plan.previews.rows and sampler is not None:
+            shown = previews(
+                run.family,
+                leg.model,
+                run.selections,
+                rows=plan.previews.rows,
+                shapes=run.shapes(stage),
+                sampler=sampler,
+                seed=plan.seed,
+                accelerator=run.accelerator,
+            )
+            if run.accelerator.is_main_process and shown:
+                file = run.folder / "previews" / f"{leg.index + 1}-{stage.name}.png"
+                file.parent.mkdir(exist_ok=True)
+                sheet(shown).save(file)
+                run.log.write({"event": "preview", "stage": stage.name, "step": leg.step, "file": str(file.relative_to(run.folder))})
+        judged = run.judged(leg.model, stage, sampler) if sampler is not None else None
+    if judged and plan.evaluate.accuracy:
+        untrained = run.base(stage)[2]
+        record = {"event": "accuracy", "stage": stage.name, "step": leg.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": untrained}
+        run.log.write(record)
+        run.log.say(
+            f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
+            f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
+        )
+    with leg.still():
+        probed = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(stage)), leg.precision, plan.seed)
+    encoded = leg.encoded()
+    run.log.write({**stage_event(leg), "state": "end", "seconds": round(leg.seconds_before + time.monotonic() - leg.began, 3), "encoded": encoded})
+    if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:
+        run.log.say(f"  cache so far in this launch: {'; '.join(said)}")
+    leg.save(finished=True, probed=probed)
+    if run.accelerator.is_main_process:
+        write_report(run.folder)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.free_memory()
+    return read_checkpoint(step_folder(run.stage_folder(leg.index), stage.steps))

@@ -1,0 +1,190 @@
+"""Open a run: the sources and the run folder, what is done there already, and the lock that keeps a second launch out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from mixing.bad_rows import SourceError
+from mixing.mixture import TooManyBadRows
+from mixing.selected import Selection
+from mixing.share_out import TooFewImages
+from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.families.open import fingerprint, open_family
+from stages.feed import budget_of
+from stages.finish import is_published
+from stages.going_on import compare_names, compare_stage, recorded, stage_folder
+from stages.open_sources import index_folder, open_selections
+from stages.plan import Plan
+from stages.precision import start_accelerator
+from stages.prior import is_made, make_prior, prior_folder
+from stages.problems import PlanError, RowsError, RunError
+from stages.reader import to_yaml
+from stages.run import VERSIONS, Run
+from stages.start import read_start
+from stages.stop import Stop
+from stages.track import Log, Trace
+
+
+@contextmanager
+def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
+    """Open the sources and the run folder, find what is done, and hand out the run. Raises PlanError where plan, data and folder do not fit."""
+    stop = Stop()
+    accelerator = start_accelerator(None if plan.track == "none" else plan.track)
+    console = Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stages").mkdir(exist_ok=True)
+    (folder / "evaluations").mkdir(exist_ok=True)
+    with _locked(folder, accelerator.is_main_process):
+        for index, stage in enumerate(plan.stages):
+            budget = budget_of(stage)
+            if budget.unit == "images" and min(budget.first, budget.last) < accelerator.num_processes:
+                least = min(budget.first, budget.last)
+                message = f"a step of {least} image{'s' if least > 1 else ''} cannot be shared by {accelerator.num_processes} processes; start fewer, or make batch larger"
+                raise PlanError.at(f"stages[{index}].batch", message)
+        model = fingerprint(plan.model)
+        priors = _priors(plan, model, folder, accelerator, console)
+        selections = _opened(plan, accelerator, priors)
+        for name, selection in selections.items():
+            if selection.stream is not None and selection.stream.num_lanes < accelerator.num_processes:
+                lanes = "1 lane" if selection.stream.num_lanes == 1 else f"{selection.stream.num_lanes} lanes"
+                message = f"source '{name}' is read in {lanes}, fewer than the {accelerator.num_processes} processes; start fewer, or set sources.{name}.lanes: {accelerator.num_processes}"
+                raise PlanError.at(f"sources.{name}", message)
+        checkpoints: list[Checkpoint | None] = []
+        said: list[str] = []
+        for index, stage in enumerate(plan.stages):
+            checkpoints.append(found := newest_checkpoint(stage_folder(folder, index, stage.name), said.append))
+            if found:
+                compare_stage(folder, index, stage, found, recorded(plan, stage, model, selections))
+        compare_names(plan, folder)
+        newest = next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint), None)
+        # What a killed run wrote after its newest checkpoint is cut off, for it will be done again; a run that was published is done.
+        last = checkpoints[-1]
+        keep_bytes = sys.maxsize if last and is_published(folder, last) else newest.state["metrics_bytes"] if newest else 0
+        log = Log(folder, accelerator, console, keep_bytes)
+        written = Trace(folder, newest.state["trace_bytes"] if newest else 0) if trace and accelerator.is_main_process else None
+        run = Run(plan, folder, accelerator, selections, checkpoints, log, trace, written, stop, model)
+        for message in said:
+            run.log.warn(message, "", 0)
+        try:
+            run.baton = read_start(plan, model) if plan.start else run.baton
+        except ValueError as error:
+            raise PlanError.at("", str(error)) from None
+        if run.baton.adapter is not None and plan.stages[0].train == "full":
+            raise PlanError.at("stages[0].train", f"'full', and start: {plan.start} brings an adapter, which belongs to the weights it was trained on; begin with a stage that trains the adapter")
+        if accelerator.is_main_process:
+            write_whole(folder / "plan.yaml", to_yaml(plan))
+            write_whole(folder / "environment.json", json.dumps(environment(accelerator), indent=1))
+        run.log.start_tracker(plan.name, folder.name, {"plan": to_yaml(plan)})
+        say_hello(run, newest)
+        accelerator.wait_for_everyone()
+        try:
+            yield run
+        except (TooManyBadRows, TooFewImages, SourceError) as error:
+            raise RowsError.at("", str(error)) from None
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and "closed by peer" in str(error):  # gloo's words (torch 2.13)
+                raise RunError("another process has ended; what it says is the reason") from None
+            raise
+        finally:
+            if run.cache:
+                run.cache.close()
+            run.log.close()
+            if run.trace:
+                run.trace.close()
+            stop.close()
+
+
+def _priors(plan: Plan, model: str, folder: Path, accelerator: Accelerator, console: Console) -> dict[str, Path]:
+    """Where the images lie that the model makes itself; those that are not there are made."""
+    places = {name: prior_folder(plan, name, model, Path.cwd(), folder) for name, source in plan.sources.items() if source.prior is not None}
+    if missing := [name for name, place in places.items() if not is_made(place)]:
+        family = open_family(plan.model, accelerator.device)
+        accelerator.wait_for_everyone()  # all have seen what is missing before any of it is made
+        for name in missing:
+            make_prior(plan, name, places[name], family, accelerator, Path.cwd(), console.print if accelerator.is_main_process else lambda message: None)
+    return places
+
+
+def _opened(plan: Plan, accelerator: Accelerator, priors: Mapping[str, Path]) -> dict[str, Selection]:
+    """The sources; the main process looks at them first, and the others read what it has noted."""
+    if index_folder(plan) is None:
+        return open_selections(plan, Path.cwd(), priors)
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return open_selections(plan, Path.cwd(), priors)
+    try:
+        return open_selections(plan, Path.cwd(), priors)
+    finally:
+        accelerator.wait_for_everyone()  # also where the plan is wrong: then the others find that out too
+
+
+
+
+@contextmanager
+def _locked(folder: Path, main: bool) -> Iterator[None]:
+    """Hold the folder against a second launch. The lock is the process's own and goes with it, however it ends."""
+    if not main:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its lock is not inherited by data workers that outlive a kill
+        except OSError:
+            raise PlanError.at(str(folder), "another launch is training in this folder; wait for it, or pass --out") from None
+        yield
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run was carried out with: no user name, no host name, no environment variable."""
+    return {
+        "versions": {name: version(name) for name in VERSIONS},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": _device_name(accelerator),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    return torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+
+
+def say_hello(run: Run, newest: Checkpoint | None) -> None:
+    """The first lines: what is trained, on what, and whether it is gone on with."""
+    processes = run.accelerator.num_processes
+    run.log.say(f"[bold]{run.plan.name}[/bold]: {len(run.plan.stages)} stages on {_device_name(run.accelerator)}, {processes} {'process' if processes == 1 else 'processes'}, into {run.folder}")
+    for name, selection in run.selections.items():
+        bad = f", {len(selection.source.bad)} bad rows left out" if selection.source.bad else ""
+        rows = f"{selection.size:,} rows to train on" if selection.stream is None else f"a stream in {selection.stream.num_lanes} lanes"
+        run.log.say(f"  source {name}: {rows}, {len(selection.held_out)} held out{bad}")
+        for row in selection.source.bad[:5]:
+            run.log.warn(f"source '{name}': {row.key}: {row.reason}", "", 0)
+    resumed = {"stage": newest.state["stage"], "step": newest.step} if newest else None
+    if not all(checkpoint and checkpoint.state["finished"] for checkpoint in run.checkpoints):
+        run.log.write(
+            {
+                "event": "run",
+                "name": run.plan.name,
+                "seed": run.plan.seed,
+                "model": run.plan.model if isinstance(run.plan.model, str) else run.plan.model.repo,
+                "device": _device_name(run.accelerator),
+                "processes": processes,
+                "versions": {name: version(name) for name in VERSIONS},
+                "resumed_from": resumed,
+            }
+        )
+    if newest and not newest.state["finished"]:
+        run.log.say(f"going on with stage '{newest.state['stage']}' after step {newest.step}")
