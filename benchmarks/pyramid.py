@@ -1,6 +1,6 @@
 """The pyramid against the straight flow at equal tokens: the quickstart's small transformer learns digits from captions, by both.
 
-    python plans/digits.py && python -m benchmarks.pyramid [--steps 900] [--seeds 3]
+    python plans/digits.py && python -m benchmarks.pyramid [--steps 900] [--seeds 3] [--sampling 20]
 
 Both arms train every weight from the same untrained model on the same source, with as many tokens a step; the pyramid in two levels, 4 and 8 pixels. Samples are
 made by each arm's own sampler at equal steps, and judged by the classifier of the quickstart. Prints a table for docs/log.md.
@@ -33,24 +33,24 @@ ARMS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def plan_of(arm: str, steps: int, seed: int) -> dict[str, Any]:
-    """One arm's plan."""
+def plan_of(arm: str, steps: int, seed: int, sampling: int) -> dict[str, Any]:
+    """One arm's plan. sampling: steps of the samples."""
     stage = {
         "name": "learn", "train": "full", "steps": steps, "resolution": 8, "batch": {"tokens": TOKENS, "micro": 32}, "precision": "fp32",
         "lr": {"peak": 4e-3, "warmup": steps // 15, "schedule": "cosine"}, "optimizer": {"betas": [0.9, 0.99]}, "ema": 0.99,
     }  # fmt: skip
     return {
         "name": "arm", "seed": seed, "model": "data/digits/base", "sources": {"digits": {"path": "data/digits/text_to_image"}}, "stages": [{**stage, **ARMS[arm]}],
-        "evaluate": {"rows": 64, "accuracy": {"source": "digits", "labelled": "data/digits/judge", "samples": 200}}, "previews": {"rows": 4, "steps": 20},
+        "evaluate": {"rows": 64, "accuracy": {"source": "digits", "labelled": "data/digits/judge", "samples": 200}}, "previews": {"rows": 4, "steps": sampling},
         "cache": "none", "workers": 0, "track": "none", "log_every": steps, "save_every": steps,
     }  # fmt: skip
 
 
-def measured(folder: Path, arm: str, steps: int, seed: int) -> dict[str, float]:
+def measured(folder: Path, arm: str, steps: int, seed: int, sampling: int) -> dict[str, float]:
     """Accuracy of the samples, held-out loss before and after, tokens and images a step, seconds."""
     file, run = folder / "plan.yaml", folder / "run"
     with file.open("w") as out:
-        YAML(typ="safe").dump(plan_of(arm, steps, seed), out)
+        YAML(typ="safe").dump(plan_of(arm, steps, seed, sampling), out)
     shutil.rmtree(run, ignore_errors=True)
     began = time.monotonic()
     train.run(file, out=run)
@@ -69,12 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sampling", type=int, default=20, help="steps of the samples that are judged")
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     given = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in given.arms}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(given.seeds):
-            for arm in ARMS:
-                found[arm].append(measured(Path(folder), arm, given.steps, seed))
+            for arm in given.arms:
+                found[arm].append(measured(Path(folder), arm, given.steps, seed, given.sampling))
     print(f"{'arm':26}{'accuracy, each seed':28}{'loss':>8}{'of base':>9}{'tokens':>9}{'images':>8}{'s':>6}")
     for arm, runs in found.items():
         middle = {name: median(run[name] for run in runs) for name in runs[0]}
