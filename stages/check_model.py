@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.check_objectives import family_problems, precision_notes
-from stages.families.facts import FAMILIES, PIPELINES, ModelSizes, UnsuitableModel, tasks_of
+from stages.check_objectives import family_problems, known_problems, precision_notes
+from stages.families.facts import DISTILLED, FAMILIES, KNOWN, PIPELINES, ModelSizes, UnsuitableModel, tasks_of
 from stages.paths import missing, place_of, read_json
 from stages.plan import Model
 from stages.problems import Location, Problem, nearest, quoted, written
@@ -37,6 +37,9 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
     if not os.path.isdir(folder):
         if (message := _no_hub_id(root, repo)) is not None:
             yield Problem(read.place(*location), written(location), message)
+        elif (pipeline := KNOWN.get(repo)) is not None:
+            yield from _tasks(read, pipeline)
+            yield from known_problems(read, PIPELINES[pipeline], pipeline)
         return
     if isinstance(read.plan.model, Model) and read.plan.model.revision is not None:
         place = read.name_place("model", "revision")
@@ -60,9 +63,14 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
                 message = f"{side} is not a multiple of {model.sizes.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
                 yield Problem(read.place("stages", index, *location), written(("stages", index, *location)), message)
     yield from family_problems(read, model.family, model.pipeline, model.experts, model.sizes.pixel_multiple)
+    yield from _tasks(read, model.pipeline)
+
+
+def _tasks(read: ReadPlan, pipeline: str) -> Iterator[Problem]:
+    """Sources with a task that a model of this pipeline cannot be trained for."""
     for name, source in read.plan.sources.items():
-        if source.task not in (can := tasks_of(model.pipeline)):
-            message = f"{model.family} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model"
+        if source.task not in (can := tasks_of(pipeline)):
+            message = f"{PIPELINES[pipeline]} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model"
             yield Problem(read.place("sources", name, "task"), f"sources.{name}.task", message)
 
 
@@ -74,6 +82,11 @@ def model_notes(read: ReadPlan, root: Path) -> Iterator[Problem]:
     if not os.path.isdir(place_of(root, repo)) and _no_hub_id(root, repo) is None:
         message = f"no folder {quoted(repo)} here, so it is taken for a Hub id; the Hub was not asked"
         yield Problem(read.place(*location), written(location), message)
+        if repo in DISTILLED:
+            message = f"{quoted(repo)} is distilled to sample in few steps, and training takes that from it; train the model that it was made of (docs/families.md)"
+            yield Problem(read.place(*location), written(location), message)
+        if (pipeline := KNOWN.get(repo)) is not None:
+            yield from precision_notes(read, PIPELINES[pipeline])
 
 
 def read_folder(folder: str) -> ModelFolder:

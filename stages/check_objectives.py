@@ -62,11 +62,19 @@ def precision_notes(read: ReadPlan, family: str) -> Iterator[Problem]:
             yield Problem(read.place(*place), written(place), f"{family} in fp16: {risk}; bf16 has its range")
 
 
+def known_problems(read: ReadPlan, family: str, pipeline: str) -> Iterator[Problem]:
+    """What of it no model of this pipeline can do."""
+    for index, stage in enumerate(read.plan.stages):
+        for location, message in _against(stage, family, pipeline, FAMILIES[family]):
+            place: Location = ("stages", index, *location)
+            yield Problem(read.place(*place), written(place), message)
+
+
 def family_problems(read: ReadPlan, family: str, pipeline: str, experts: tuple[str, ...], pixel_multiple: int) -> Iterator[Problem]:
     """What of it this model cannot do. experts: of the model; empty where it has one transformer."""
     facts = FAMILIES[family]
     for index, stage in enumerate(read.plan.stages):
-        for location, message in (*_against(stage, family, pipeline, facts), *_experts(stage, family, experts), *_halved(stage, pixel_multiple)):
+        for location, message in (*_against(stage, family, pipeline, facts), *_experts(stage, family, experts, read.plan), *_halved(stage, pixel_multiple)):
             place: Location = ("stages", index, *location)
             yield Problem(read.place(*place), written(place), message)
 
@@ -89,13 +97,14 @@ def _against(stage: Stage, family: str, pipeline: str, facts: FamilyFacts) -> It
         yield ("dropout",), f"the text encoder of {pipeline} looks at the references, so they cannot be left out by themselves; give dropout.prompt with mode: independent"
 
 
-def _experts(stage: Stage, family: str, experts: tuple[str, ...]) -> Iterator[tuple[Location, str]]:
+def _experts(stage: Stage, family: str, experts: tuple[str, ...], plan: Plan) -> Iterator[tuple[Location, str]]:
     if stage.expert is not None and stage.expert not in experts:
         yield ("expert",), f"this model ({family}) has one transformer for all noise levels; remove it"
-    elif stage.expert is not None and stage.train == "full":
-        yield ("train",), "'full' of one of two transformers is not handed on to a stage of the other; train an adapter"
-    elif stage.expert is not None and stage.handoff.adapter == "merge":
-        yield ("handoff", "adapter"), "'merge' into one of two transformers is not handed on to a stage of the other; choose continue"
+    elif stage.expert is not None and len({other.expert for other in plan.stages}) > 1:
+        if stage.train == "full":
+            yield ("train",), "'full' of one of two transformers is not handed on to a stage of the other; train an adapter"
+        if stage.handoff.adapter == "merge":
+            yield ("handoff", "adapter"), "'merge' into one of two transformers is not handed on to a stage of the other; choose continue"
     if experts and stage.expert is None:
         yield ("name",), f"the model has {len(experts)} transformers; say which one this stage trains, expert: {' or '.join(experts)}"
 

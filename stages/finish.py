@@ -39,12 +39,12 @@ def finish(run: Run) -> None:
     model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
         if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
-            transformer = run.family.load_transformer(torch.float32, run.baton.base)
+            transformer = run.family.load_transformer(torch.float32, run.baton.base, stage.expert)
             if stage.train == "full" and checkpoint.has("ema"):
                 transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
             partial = run.folder / ".model.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            run.family.save_model(partial, transformer)
+            run.family.save_model(partial, transformer, stage.expert)
             write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
             shutil.rmtree(model_folder, ignore_errors=True)
             partial.rename(model_folder)

@@ -74,6 +74,10 @@ class Run:
         for name, source in self.plan.sources.items():  # of a model on the Hub this is not known before
             if source.task not in (can := tasks_of(family.pipeline_class)):
                 raise PlanError.at(f"sources.{name}.task", f"{family.name} cannot train task '{source.task}' (it can: {', '.join(can)}); remove source '{name}' or choose another model")
+        if family.pipeline_class in family.facts.one_reference:
+            for name, selection in self.selections.items():
+                if any(len(row_class.references) > 1 for row_class in selection.training):
+                    raise PlanError.at(f"sources.{name}", f"rows have several references, and {family.pipeline_class} takes one; write `where: references == 1`, or choose a model of QwenImageEditPlusPipeline")
         if kept is not None and (kept.text or (kept.latents and family.encodes_images)):
             self.cache = open_cache(Path(kept.folder), family, kept, f"rank{self.accelerator.process_index}")
             family.texts.stored = self.cache if kept.text else None

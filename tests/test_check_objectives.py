@@ -81,7 +81,6 @@ WRONG = {
     "mode of no dropout": ("flux", "dropout: {mode: joint}", ["stages[0].dropout.mode: nothing is left out; give dropout.prompt, or remove it"]),
     "expert of a model with one transformer": ("one", "expert: high", ["stages[0].expert: this model (wan) has one transformer for all noise levels; remove it"]),
     "expert of a family without": ("flux", "expert: low", ["stages[0].expert: this model (flux) has one transformer for all noise levels; remove it"]),
-    "full weights of an expert": ("experts", "expert: high, train: full", ["stages[0].train: 'full' of one of two transformers is not handed on to a stage of the other; train an adapter"]),
     "no expert": ("experts", "precision: bf16", ["stages[0].name: the model has 2 transformers; say which one this stage trains, expert: high or low"]),
     "fp16 of sana": ("sana", "precision: fp16", ["stages[0].precision: sana cannot be trained in fp16: its linear attention leaves the range of fp16 under autocast, without a warning; choose bf16 or fp32"]),
     "references that prompts see": ("edit", "dropout: {references: 0.1}", [
@@ -131,3 +130,28 @@ def test_fp16_is_warned_of_where_it_has_gone_wrong(world: Path, tmp_path: Path, 
 def test_a_task_that_a_family_would_ignore_is_refused_with_those_that_it_can(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, task: str) -> None:
     found = said(world, tmp_path, monkeypatch, model, "precision: bf16", f"{{path: photos, task: {task}}}")
     assert any(f"cannot train task '{task}' (it can: text_to_image" in line for line in found), found
+
+
+def plan_text(world: Path, tmp_path: Path, text: str) -> list[str]:
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    return [str(problem) for problem in check_plan(read_plan(file), world)]
+
+
+def test_full_weights_of_one_expert_are_trained_where_no_stage_trains_the_other(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    alone = GOOD.replace("MODEL", "experts").replace("FIELD", "expert: high, train: full, precision: fp32")
+    assert plan_text(world, tmp_path, alone) == []
+    both = alone + "  - {name: other, steps: 10, resolution: 64, batch: 8, lr: 1e-4, expert: low}\n"
+    assert any("'full' of one of two transformers is not handed on to a stage of the other; train an adapter" in line for line in plan_text(world, tmp_path, both))
+
+
+def test_a_model_of_the_hub_that_is_known_by_its_name_is_held_to_what_its_family_can_do(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    text = GOOD.replace("MODEL", "stabilityai/stable-diffusion-3.5-medium").replace("FIELD", "pyramid: {levels: 2}")
+    assert any("sd3 cannot be told where the tokens of a coarse level lie" in line for line in plan_text(world, tmp_path, text))
+    file = tmp_path / "turbo.yaml"
+    file.write_text(GOOD.replace("MODEL", "Tongyi-MAI/Z-Image-Turbo").replace("FIELD", "precision: fp16"))
+    notes = [str(note) for note in plan_notes(read_plan(file), world)]
+    assert any("'Tongyi-MAI/Z-Image-Turbo' is distilled to sample in few steps, and training takes that from it" in note for note in notes)
+    assert any("z_image in fp16" in note for note in notes)

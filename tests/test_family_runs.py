@@ -171,3 +171,10 @@ def test_a_whole_transformer_takes_a_step_in_which_every_weight_that_is_read_has
     stage = events(tmp_path / "run", "stage")[0]
     assert stage["parameters"] - stage["trainable"] == UNREAD.get(family, 0)
     assert (tmp_path / "run" / "model" / "model_index.json").is_file(), printed
+
+
+def test_two_references_for_a_pipeline_of_one_are_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    plan = plan_for("qwen_image", ONE_REFERENCE, tmp_path, data)
+    plan["sources"]["subjects"] = {"path": str(data / "subjects.jsonl"), "task": "subject"}
+    printed = carry_out(tmp_path / "run", plan, expect=2)
+    assert "sources.subjects: rows have several references, and QwenImageEditPipeline takes one; write `where: references == 1`" in " ".join(printed.split())

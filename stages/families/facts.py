@@ -64,6 +64,8 @@ class FamilyFacts:
     """Why a stage in fp16 goes wrong, so that it is refused; empty if it does not."""
     fp16_risk: str = ""
     """What has been reported of fp16, so that it is warned of; empty if nothing has."""
+    one_reference: tuple[str, ...] = ()
+    """Pipelines that take one reference and no more."""
     names_images: bool = False
     """Whether a prompt may say where a reference stands in it, by `<|image_1|>`."""
 
@@ -169,6 +171,7 @@ FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
             guidance=4.0,
             fp16_risk=_REPORTED,
             prompts_see_references=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+            one_reference=("QwenImageEditPipeline",),
         ),
         "z_image": FamilyFacts({"ZImagePipeline": _TEXT_TASKS}, _kl(512), training_shift=3.0, guidance=5.0, fp16_risk=_REPORTED),
         "wan": FamilyFacts({"WanPipeline": _TEXT_TASKS}, _wan, guidance=5.0, experts=("high", "low")),
@@ -178,6 +181,17 @@ FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
 
 PIPELINES: Mapping[str, str] = MappingProxyType({pipeline: name for name, facts in FAMILIES.items() for pipeline in facts.pipelines})
 """The class that a model's model_index.json names to the family that trains it."""
+
+DISTILLED: frozenset[str] = frozenset(
+    {
+        "black-forest-labs/FLUX.1-schnell",
+        "black-forest-labs/FLUX.2-klein-4B",
+        "black-forest-labs/FLUX.2-klein-9B",
+        "stabilityai/stable-diffusion-3.5-large-turbo",
+        "Tongyi-MAI/Z-Image-Turbo",
+    }
+)
+"""Repositories of models that were distilled to sample in few steps, which training takes from them."""
 
 KNOWN: Mapping[str, str] = MappingProxyType(
     {
