@@ -26,7 +26,7 @@ rehearse: .venv/installed  ## rehearse every plan in plans/
 test: .venv/installed-dev  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	$(BIN)/python -m stages.plan_docs

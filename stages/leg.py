@@ -147,7 +147,10 @@ class Leg:
 
     def count_part(self, batch: MicroBatch, part: Part, errors: Tensor, losses: Tensor) -> None:
         """Count what a part of a micro-batch brought. errors: of each of its images, float32 [b]; losses: the same, weighted, which is what is trained."""
-        window, tenths = self.window, (part.t * 10).long().clamp(max=9)
+        window, family, tenths = self.window, self.run.family, (part.t * 10).long().clamp(max=9)
+        of_references = sum(family.tokens(*reference.size) for reference in batch.references) if part.has_references else 0
+        tokens = family.latent_tokens(part.noised) + of_references
+        window.tokens += len(part.rows) * (tokens + family.text_tokens * (1 + len(batch.regions)))
         window.loss = window.loss + losses.sum()
         window.by_noise = window.by_noise.to(errors.device)
         window.by_noise[0].index_add_(0, tenths, errors.double())
@@ -155,15 +158,13 @@ class Leg:
         for place, row in enumerate(part.rows.tolist()):
             source = batch.sources[row]
             window.losses[source] = window.losses.get(source, errors.new_zeros(())) + errors[place]
+            self.tokens[source] = self.tokens.get(source, 0) + tokens
 
     def count(self, batch: MicroBatch) -> None:
         """Count what a micro-batch held."""
-        tokens = batch.tokens - self.run.sizes.text_tokens * (1 + len(batch.regions))
         self.levels[batch.level] += len(batch.sources)
-        self.window.tokens += batch.tokens * len(batch.sources)
         for source in batch.sources:
             self.images[source] = self.images.get(source, 0) + 1
-            self.tokens[source] = self.tokens.get(source, 0) + tokens
             self.window.images[source] = self.window.images.get(source, 0) + 1
         self.rows += [(position, batch.micro, source, row) for position, source, row in zip(batch.positions, batch.sources, batch.keys, strict=True)]
         for row in (*batch.bad, *self.lanes.take_bad()):

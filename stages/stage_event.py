@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.resolved import main_resolution, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
+from stages.resolved import main_resolution, objective_words, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
 
 if TYPE_CHECKING:
     from stages.leg import Leg
@@ -22,6 +22,7 @@ def stage_event(leg: Leg) -> dict[str, Any]:
         "batch": resolved_batch(stage).model_dump(mode="json", exclude_none=True),
         "resolution": main_resolution(stage),
         "step_holds": step_words(stage),
+        "asks": objective_words(stage),
         "seen_at": resolution_words(stage),
         "levels": [level.model_dump() for level in resolved_levels(stage)],
         "precision": stage.precision,

@@ -130,3 +130,18 @@ def test_an_adapter_of_a_pyramid_says_so_in_its_header(world: Path, tmp_path: Pa
     assert windows.of_file(file) == windows.Windows(2)
     with safe_open(file, framework="pt") as header:
         assert torch.isfinite(header.get_tensor(next(iter(header.keys())))).all()
+
+
+def test_the_tokens_of_a_step_stay_the_same_while_the_levels_shares_change(world: Path, tmp_path: Path) -> None:
+    """Of 8 x 8 pixels 16 tokens, of the coarse level 4, and 8 of a prompt: 18 on the mean at 1:1, 21 at 1:3. Steps of so many tokens hold fewer images in the end."""
+    plan = plan_with(world)
+    del plan["sources"]["edits"], plan["sources"]["entities"], plan["sources"]["prior"]
+    ramp = {"pyramid": {"levels": 2, "shares": {"from": [1, 1], "to": [1, 3]}}, "mix": {"photos": 1}, "loss": {}}
+    plan["stages"] = [{**plan["stages"][0], **ramp, "steps": 30, "batch": {"tokens": 720, "micro": 8}}]
+    carry_out(tmp_path / "run", plan)
+    steps = events(tmp_path / "run", "step")
+    assert all(abs(line["tokens"] / 720 - 1) < 0.05 for line in steps), [line["tokens"] for line in steps]
+    assert steps[0]["images"] == pytest.approx(40, abs=1)
+    assert steps[-1]["images"] == pytest.approx(34, abs=1)
+    (event,) = [line for line in events(tmp_path / "run", "stage") if line["state"] == "end"]
+    assert event["asks"] == "a pyramid of 2 levels, 1 : 1 to 1 : 3"

@@ -69,7 +69,7 @@ def mixtures(file: Path, plan: Mapping[str, Any]) -> list[StageMixture]:
     """The mixture of each stage of a plan."""
     read = resolved_plan(read_plan(write_plan(file, plan), ()).plan)
     family = open_family(read.model, torch.device("cpu"))
-    selections = open_selections(read, Path.cwd())
+    selections = open_selections(read, Path.cwd(), {})
     made: list[StageMixture] = []
     before: dict[tuple[str, str], int] = {}
     for stage in read.stages:

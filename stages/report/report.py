@@ -168,7 +168,7 @@ def _strip(record: Record) -> str:
 
 
 def _stage_lines(stage: StageRecord) -> list[str]:
-    """What a stage does, in four lines."""
+    """What a stage does, in four lines, and what it asks beside the usual."""
     event, plan = stage.event, stage.plan
     batch = finite(event.get("images")) or finite(plan.get("batch")) or finite(mapping(plan.get("batch")).get("images"))
     resolution = finite(event.get("resolution")) or finite(plan.get("resolution"))
@@ -189,7 +189,7 @@ def _stage_lines(stage: StageRecord) -> list[str]:
         numeric += ", as measured" if measured == [asked] else f" asked, {' and '.join(measured)} measured"
     base = text(event.get("base")) or text(plan.get("base"))
     stored = f"base in {base}" if base else ""
-    return [" · ".join(p for p in work if p), trains, " · ".join(p for p in (numeric, stored) if p), _rate(stage)]
+    return [" · ".join(p for p in work if p), trains, " · ".join(p for p in (numeric, stored) if p), _rate(stage), *filter(None, [text(event.get("asks"))])]
 
 
 def _rate(stage: StageRecord) -> str:
