@@ -17,7 +17,7 @@ from stages.families.base import Configs, Inputs, Text
 from stages.families.patches import pack, unpack
 from stages.families.regions import attention_mask, token_masks
 from stages.families.schedules import flow_match_sigmas
-from stages.objectives.path import Path, Straight
+from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
 
 # Full module names, matched whole. Attention of both streams, feed-forward of both, and the modulation that DiffSynth's EliGen recipe trains too.
 _ATTENTION = (
@@ -47,19 +47,10 @@ class Flux:
     empty_prompt = ""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, shifted and scaled, [1, C, H / f, W / f]."""
-        latents: Tensor = (vae.encode(image).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """T5's tokens [1, L, D] and CLIP's pooled vector [1, P]."""
@@ -105,9 +96,7 @@ class Flux:
             return float(config.shift)
         return float(torch.exp(torch.tensor(_mu(config, tokens), dtype=torch.float64)))
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As FluxPipeline: evenly from 1 to 1 / steps, then shifted by its scheduler."""

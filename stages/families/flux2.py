@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
 from stages.families.schedules import flow_match_sigmas
-from stages.objectives.path import Path, Straight
+from stages.families.shared import one_for_all, rectified_flow
 
 # In a single-stream block one layer makes queries, keys, values and the feed-forward's input, and one takes both outputs.
 _ATTENTION = (
@@ -52,9 +52,7 @@ class Flux2:
     empty_prompt = ""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
     def encode_image(self, vae: Any, image: Tensor) -> Tensor:
         """The mode of the VAE's distribution in 2 x 2 patches, normalised, [1, 4 C, H / 16, W / 16]."""
@@ -111,9 +109,7 @@ class Flux2:
             return float(config.shift)
         return float(torch.exp(torch.tensor(compute_empirical_mu(tokens, _TRAINING_STEPS), dtype=torch.float64)))
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As the pipelines: evenly from 1 to 1 / steps, then shifted by their scheduler with the mu of this number of steps."""

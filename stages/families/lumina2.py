@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
 from stages.families.schedules import flow_match_sigmas
-from stages.objectives.path import Path, Straight
+from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
 
 # The refiners see the image alone (noise) and the prompt alone (context) before the layers see both.
 _ATTENTION = (r"(layers|noise_refiner|context_refiner)\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",)
@@ -40,19 +40,10 @@ class Lumina2:
     empty_prompt = ""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, shifted and scaled, [1, C, H / f, W / f]."""
-        latents: Tensor = (vae.encode(image).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """Gemma's last states but one [1, L, D], without the padding that the mask hides.
@@ -92,9 +83,7 @@ class Lumina2:
             return float(config.shift)
         return float(torch.exp(torch.tensor(_mu(model), dtype=torch.float64)))
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As Lumina2Pipeline: evenly from 1 to 1 / steps, then shifted by its scheduler."""

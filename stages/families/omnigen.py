@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mixing.tasks import MAX_REFERENCES
 from stages.families.base import Configs, Inputs, Text
 from stages.families.schedules import flow_match_sigmas
+from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
 from stages.families.torchvision_free import complete
-from stages.objectives.path import Path, Straight
 
 complete()
 
@@ -57,19 +57,10 @@ class OmniGen:
     empty_prompt = "<cfg>"
     loads_adapters = False
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, scaled, [1, C, H / f, W / f]. The pipeline draws from the distribution, differently at every call."""
-        latents: Tensor = vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """Token ids [1, L], with negative numbers where references stand. Raises ValueError for an image's number that none can have."""
@@ -121,9 +112,7 @@ class OmniGen:
         """The scheduler's fixed shift (1.0 in the published model)."""
         return float(model.scheduler.config.shift)
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As OmniGenPipeline: evenly from 1 to 1 / steps, shifted by its scheduler, whose own levels are of the image and not of the noise."""

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
+from stages.families.shared import decode_kl, encode_kl, one_for_all
 from stages.objectives.path import Diffusion, Path, diffusion_of
 
 # Full module names, matched whole. attn1 looks at the image, attn2 at the text; the modulation of all blocks is one layer that they share.
@@ -44,15 +45,8 @@ class PixArt:
         """The scheduler's own table. Raises ValueError if what it says is predicted is neither the noise nor v."""
         return _path(model)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, scaled, [1, C, H / f, W / f]."""
-        latents: Tensor = vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """T5's tokens [1, L, D] and which of them are words."""
@@ -85,9 +79,7 @@ class PixArt:
         """1: the levels do not follow the number of tokens."""
         return 1.0
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """The levels of the scheduler's timesteps, counted from 1, over their number; then 0, or the least level if its last sigma is not zero."""

@@ -25,7 +25,7 @@ from stages.families.qwen_attention import take_masks
 from stages.families.qwen_processor import leave_out_videos
 from stages.families.regions import attention_mask, token_masks
 from stages.families.schedules import flow_match_sigmas, mu_of_tokens, shift_of
-from stages.objectives.path import Path, Straight
+from stages.families.shared import one_for_all, rectified_flow
 
 leave_out_videos()
 
@@ -59,9 +59,7 @@ class QwenImage:
     """The negative prompt of the models' own cards."""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
     def encode_image(self, vae: Any, image: Tensor) -> Tensor:
         """The mode of the VAE's distribution, each channel less its mean and over its deviation, [1, C, H / f, W / f]. An image is a video of one frame."""
@@ -130,9 +128,7 @@ class QwenImage:
         """exp(mu), mu by the number of tokens. That sampling stretches its levels to end at `shift_terminal` is no part of it."""
         return shift_of(model.scheduler, tokens)
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As QwenImagePipeline: evenly from 1 to 1 / steps, then shifted, and stretched to end at `shift_terminal`, by its scheduler."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stages.families.base import Configs, Inputs, Text
 from stages.families.facts import UnsuitableModel
 from stages.families.schedules import flow_match_sigmas
+from stages.families.shared import one_for_all
 from stages.objectives.path import Path, Straight
 
 _ATTENTION = (r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",)
@@ -100,9 +101,7 @@ class Sana:
         config = model.scheduler.config
         return float(config["flow_shift"] if "flow_shift" in config else config["shift"])
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """The scheduler's own.

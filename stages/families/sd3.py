@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
 from stages.families.schedules import flow_match_sigmas
-from stages.objectives.path import Path, Straight
+from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
 
 # Full module names, matched whole. attn2 is the second attention of 3.5 medium. The last block drops its text, so what the text asks there, its
 # add_q_proj, gets no gradient: {last} is left out.
@@ -43,19 +43,10 @@ class SD3:
     empty_prompt = ""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, shifted and scaled, [1, C, H / f, W / f]."""
-        latents: Tensor = (vae.encode(image).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """The tokens of both CLIPs side by side, then T5's, [1, L, D], and the CLIPs' pooled vectors side by side, [1, P]."""
@@ -89,9 +80,7 @@ class SD3:
             return float(config.shift)
         return float(torch.exp(torch.tensor(_mu(config, tokens), dtype=torch.float64)))
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As StableDiffusion3Pipeline: its scheduler's own."""

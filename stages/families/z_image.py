@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stages.families.base import Configs, Inputs, Text
 from stages.families.schedules import flow_match_sigmas, mu_of_tokens, shift_of
-from stages.objectives.path import Path, Straight
+from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
 
 # Full module names, matched whole. The refiners are blocks too: one of the image before it meets the text, one of the text, which is not modulated.
 _ATTENTION = (r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",)
@@ -42,19 +42,10 @@ class ZImage:
     empty_prompt = ""
     loads_adapters = True
 
-    def path(self, model: Configs) -> Path:
-        """Rectified flow."""
-        return Straight()
+    path = staticmethod(rectified_flow)
 
-    def encode_image(self, vae: Any, image: Tensor) -> Tensor:
-        """The mode of the VAE's distribution, shifted and scaled, [1, C, H / f, W / f]."""
-        latents: Tensor = (vae.encode(image).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        return latents
-
-    def decode_latents(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse."""
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return images
+    encode_image = staticmethod(encode_kl)
+    decode_latents = staticmethod(decode_kl)
 
     def encode_prompt(self, pipeline: Any, prompt: str, references: Sequence[Tensor], model: Configs, device: torch.device) -> Text:
         """Qwen3's last hidden states but one, of the prompt as a chat's message, [1, L, D]."""
@@ -80,9 +71,7 @@ class ZImage:
         """The scheduler's fixed shift; exp(mu) should it shift by the number of tokens."""
         return shift_of(model.scheduler, tokens)
 
-    def t_range(self, model: Configs, expert: str | None) -> tuple[float, float]:
-        """All noise levels: there is one transformer."""
-        return 0.0, 1.0
+    t_range = staticmethod(one_for_all)
 
     def sigmas(self, model: Configs, steps: int, tokens: int) -> Tensor:
         """As ZImagePipeline: evenly from 1 to 1 / steps, then shifted by its scheduler."""
