@@ -129,10 +129,12 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
     from stages.quiet import quiet_libraries
 
     quiet_libraries()
+    from stages.dry_step import dry_steps
     from stages.finish import finish
     from stages.open_run import open_run
 
     with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run:
+        dry_steps(run)
         for index, stage in enumerate(run.plan.stages):
             last = run.finished(index) or train_stage(run, index, stage)
             if last is None:
@@ -155,7 +157,6 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     from stages.objectives.parts import errors
     from stages.objectives.parts import losses as weighted
     from stages.open_leg import open_leg
-    from stages.optim import rate_at
     from stages.precision import Multiplied
 
     rate = resolved_rate(stage)
@@ -167,7 +168,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
 
     with closing(leg.lanes), closing(reading) as batches:
         while leg.step < stage.steps:
-            learning_rate = rate_at(leg.step, stage.steps, rate)
+            learning_rate = leg.learning_rate(rate)
             for group in leg.optimizer.param_groups:
                 group["lr"] = learning_rate
 
@@ -198,9 +199,8 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
             leg.check_gradients()
             norm = torch.nn.utils.clip_grad_norm_(leg.trainable.values(), stage.clip or float("inf"))
             precision.scaler.step(leg.optimizer)
-            precision.scaler.update()
             leg.optimizer.zero_grad(set_to_none=True)
-            leg.stepped()
+            leg.stepped(made=precision.update_scale())  # fp16 skips a step whose gradients left its range
 
             # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
             if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:

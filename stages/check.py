@@ -12,11 +12,13 @@ from mixing.where import WhereError, parse
 from stages.check_adapters import adapter_problems
 from stages.check_model import model_notes, model_problems
 from stages.check_objectives import objective_problems
+from stages.check_optimizers import optimizer_problems
 from stages.check_sources import source_notes, source_problems
 from stages.placed import target_of
 from stages.plan import Batch, Change, LearningRate, MicroTokens, MixRamp, Stage
 from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
+from stages.resolved import quantised
 from stages.unheeded import unheeded
 
 __all__ = ["check_plan", "plan_notes"]
@@ -28,7 +30,7 @@ def check_plan(read: ReadPlan, root: Path) -> list[Problem]:
     root: the folder that relative paths start from. Looks at names, headers and first rows of what lies there, never at the network.
     """
     problems: list[Problem] = []
-    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems):
+    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems, optimizer_problems):
         problems += check(read)
     problems += source_problems(read, root)
     problems += model_problems(read, root)
@@ -188,6 +190,9 @@ def _trained(read: ReadPlan) -> Iterator[Problem]:
                 "trained on; put this stage before it, or begin another run with `start`"
             )
             yield _at_value(read, ("stages", index, "train"), message)
+        if blocks := quantised(stage):
+            message = f"{blocks} holds weights that stay as they are, and train: full changes them; choose fp32, or leave it out"
+            yield _at_value(read, ("stages", index, "base"), message)
         if stage.base == "bf16":
             message = "bf16 would round most of what train: full learns away; choose fp32, or leave it out"
             yield _at_value(read, ("stages", index, "base"), message)

@@ -9,7 +9,7 @@ from stages.placed import newest, placed_adapters, target_of, total_rank
 from stages.plan import MOST_RANK, Stage
 from stages.problems import Location, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
-from stages.resolved import resolved_storage
+from stages.resolved import quantised, resolved_storage
 
 _WORDS = ("adapter", "full", "default", "pytorch_lora_weights")
 
@@ -23,6 +23,7 @@ def adapter_problems(read: ReadPlan) -> Iterator[Problem]:
         if stage.train == "full":
             continue
         yield from _entries(read, index, stage)
+        yield from _variants(read, index, stage)
         if index > 0 or read.plan.start is not None:
             yield from _way(read, index, stage, taught=taught)
         taught = True
@@ -86,6 +87,14 @@ def _entries(read: ReadPlan, index: int, stage: Stage) -> Iterator[Problem]:
             yield _at(read, location, f"no pattern stands behind the colon; write {name} for the whole adapter")
 
 
+def _variants(read: ReadPlan, index: int, stage: Stage) -> Iterator[Problem]:
+    """Whether a stage's adapters can stand on what its base is stored in."""
+    placed = placed_adapters(read.plan, index)
+    if (blocks := quantised(stage)) and (found := [name for name, each in placed.items() if each.settings.variant == "dora"]):
+        of = f"adapter '{found[0]}'" if read.plan.adapters else "the adapter"
+        yield _at(read, ("stages", index, "base"), f"{of} is a DoRA, which needs the lengths of the base's rows, and {blocks} has no rows to read; choose bf16 or fp32, or variant lora or rslora")
+
+
 def _way(read: ReadPlan, index: int, stage: Stage, *, taught: bool) -> Iterator[Problem]:
     """How a stage hands the adapter on, against what stands before it."""
     plan, handoff, way = read.plan, stage.handoff, stage.handoff.adapter
@@ -112,7 +121,10 @@ def _way(read: ReadPlan, index: int, stage: Stage, *, taught: bool) -> Iterator[
     elif index > 0 and way == "shrink" and rank >= total_rank(before) and (len(before) == 1 or rank > total_rank(before)):
         held = f"the adapters have rank {total_rank(before)} together" if len(before) > 1 else f"the adapter has rank {old}"
         yield _at(read, (*location, "rank"), f"'shrink' to rank {rank}, and {held}; give a smaller rank" + (", or choose grow" if rank > old and len(before) == 1 else ""))
-    if way == "merge" and resolved_storage(stage) != "fp32" and not handoff.lossy:
+    if way == "merge" and (blocks := quantised(stage)):
+        message = f"'merge' into a base stored in {blocks} rounds away most of what was learnt; choose stack or continue, or give the stage base: fp32, or bf16 with lossy: true"
+        yield _at(read, at_way, message)
+    elif way == "merge" and resolved_storage(stage) != "fp32" and not handoff.lossy:
         message = f"'merge' into a base stored in {resolved_storage(stage)} rounds away a quarter to two thirds of what was learnt; give the stage base: fp32, choose stack, or say lossy: true"
         yield _at(read, at_way, message)
     if index > 0:  # after `start` nothing else comes along

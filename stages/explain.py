@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -20,10 +21,11 @@ from stages.feed import Sizes, stage_mixture
 from stages.placed import newest, placed_adapters, target_of
 from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage
 from stages.problems import PlanError
-from stages.resolved import objective_words, resolution_words, resolved_rate, resolved_storage, step_words
+from stages.recomputation import recomputation_words, recomputed_every
+from stages.resolved import objective_words, plain_storage, quantised, resolution_words, resolved_rate, resolved_storage, step_words
 
 MANY_EPOCHS = 20
-_BYTES_OF_TRAINED = 16  # of each parameter: float32 weight, gradient and AdamW's two moments
+BYTES_OF_TRAINED = {"adamw": 16, "adamw8bit": 10, "prodigy": 24}  # of each parameter: float32 weight and gradient; two moments; of prodigy also its start and a sum of gradients
 _BYTES_OF_AVERAGE = 4
 _WIDEST = 100  # characters
 
@@ -36,11 +38,13 @@ class ModelFacts:
     parameters: int
     """Of the transformer, the adapter not counted."""
     base_bytes: Mapping[Storage, int]
-    """Of the transformer's weights, by what they are stored in."""
+    """Of the transformer's weights, by what they are stored in; what nf4 and int8 leave as it is counts as bf16."""
     trainable: tuple[int, ...]
     """Parameters that train, stage by stage."""
     sizes: Sizes
     """What it makes of an image's size."""
+    left_plain: int
+    """Parameters of the transformer that nf4 and int8 leave as they are."""
 
 
 _UNKNOWN = Sizes(16, 0)  # of a model whose configs cannot be had: most ask for multiples of 16 pixels
@@ -137,6 +141,8 @@ def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | No
     if model:
         size = byte_words(stage_bytes(index, stage, model))
         rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top"
+        if again := recomputation_words(recomputed_every(stage.checkpointing, model.parameters, torch.device("cuda"))):
+            rows["activations"] = f"those of {again} are computed again for the gradient" + (", on a GPU" if stage.checkpointing == "auto" else "")
         rows["work"] = work_words(stage, model, mixture.tokens_before(stage.steps))
     for name, fact in rows.items():
         facts.add_row(name, Text(fact))  # a Text, so that the brackets of a pattern are no markup
@@ -185,8 +191,9 @@ def _trains(stage: Stage, names: Sequence[str], parameters: int | None) -> str:
 
 def stage_bytes(index: int, stage: Stage, model: ModelFacts) -> int:
     """Bytes of a stage's weights, gradients and optimizer; activations come on top. index: the stage's number, from 0."""
-    trained = model.trainable[index] * (_BYTES_OF_TRAINED + (_BYTES_OF_AVERAGE if stage.ema is not None else 0))
-    return trained + (0 if stage.train == "full" else model.base_bytes[resolved_storage(stage)])
+    trained = model.trainable[index] * (BYTES_OF_TRAINED[stage.optimizer.name] + (_BYTES_OF_AVERAGE if stage.ema is not None else 0))
+    in_fp32 = 2 * model.left_plain if quantised(stage) and plain_storage(stage) == "fp32" else 0  # more than they take in bf16
+    return trained + in_fp32 + (0 if stage.train == "full" else model.base_bytes[resolved_storage(stage)])
 
 
 def work_words(stage: Stage, model: ModelFacts, tokens: int) -> str:

@@ -23,7 +23,7 @@ from stages.precision import StagePrecision
 from stages.publish import Trained, model_card, publish_adapter
 from stages.reader import to_yaml
 from stages.report import first_table, write_report
-from stages.resolved import resolved_storage, windows_of
+from stages.resolved import plain_storage, quantised, windows_of
 
 if TYPE_CHECKING:
     from stages.run import Run
@@ -78,7 +78,7 @@ def _trained(run: Run, index: int, batches: Mapping[str, MicroBatch]) -> Trained
     assert checkpoint is not None
     baton = read_baton(checkpoint)
     assert baton.adapter is not None
-    storage = resolved_storage(stage)
+    storage = plain_storage(stage)
     precision = StagePrecision("fp32" if storage == "fp32" else "bf16", run.accelerator.device)
     weights = baton.adapter
     model, trainable = build_model(run.family, run.plan, stage, f"stages[{index}]", baton)
@@ -87,7 +87,7 @@ def _trained(run: Run, index: int, batches: Mapping[str, MicroBatch]) -> Trained
             trainable[name].data.copy_(value)
         weights = {**carried(run.plan, stage, baton.adapter), **adapter_weights(model)}
     saw = probe(run.family, model.eval(), batches, precision, run.plan.seed)
-    return Trained(index, stage.expert, weights, baton.base, storage, precision, saw)
+    return Trained(index, stage.expert, weights, baton.base, storage, precision, saw, quantised(stage))
 
 
 def is_published(folder: Path, checkpoint: Checkpoint) -> bool:

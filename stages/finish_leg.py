@@ -47,6 +47,7 @@ def finish_leg(leg: Leg) -> Checkpoint:
         )
     with leg.still():
         probed = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(stage)), leg.precision, plan.seed)
+    leg.note_released(leg.rest.aside())
     encoded = leg.encoded()
     run.log.write({**stage_event(leg), "state": "end", "seconds": round(leg.seconds_before + time.monotonic() - leg.began, 3), "encoded": encoded})
     if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:

@@ -11,13 +11,14 @@ from stages.checkpoint import Checkpoint
 from stages.plan import MixRamp, Plan, Stage
 from stages.reader import PlanError, resolved
 
+_WITHOUT_EFFECT = ("checkpointing",)  # on what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it
 _BY_SIZE = ("repeat", "rows")  # what a mix by size heeds of a source, and shares by name do not
 
 
 def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Selection]) -> dict[str, Any]:
     """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
     whole = resolved(plan)
-    own = whole["stages"][plan.stages.index(stage)]
+    own = {field: value for field, value in whole["stages"][plan.stages.index(stage)].items() if field not in _WITHOUT_EFFECT}
     mixes = [stage.mix.first, stage.mix.last] if isinstance(stage.mix, MixRamp) else [stage.mix]
     by_size = any(not isinstance(mix, dict) for mix in mixes)
     drawn = [name for name in plan.sources if by_size or any(isinstance(mix, dict) and mix.get(name) for mix in mixes)]

@@ -23,11 +23,12 @@ from stages.objectives import flow
 from stages.pairs import grown, joined, layers_of, merged, ranks_of, rescaled, shrunk
 from stages.placed import DEFAULT, Placed, all_adapters, experts_of, placed_adapters
 from stages.plan import Plan, Stage
-from stages.precision import DTYPES, StagePrecision
+from stages.precision import StagePrecision
 from stages.problems import PlanError
 from stages.resolved import resolved_storage
 from stages.sampler import OtherExpert
 from stages.shown import show
+from stages.storage import load_stored, stored
 
 _PROBED_T = (0.1, 0.5, 0.9)
 _PROBED_ROWS = 4
@@ -130,7 +131,7 @@ def other_experts(family: Family, plan: Plan, stage: Stage, weights: Mapping[str
     for expert in family.experts:
         if expert == stage.expert:
             continue
-        model = family.load_transformer(DTYPES[resolved_storage(stage)], None, expert)
+        model = load_stored(family, stored(stage), None, expert)
         theirs = {name: placed for name, placed in all_adapters(plan, index).items() if owners.get(name) == {expert} and of_adapter(weights, name)}
         if theirs:
             place_adapters(model, theirs, family.target_patterns, plan.seed)
@@ -144,7 +145,7 @@ def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Bat
 
     place: the stage's place in the plan, for errors. baton: as `hand_on` gives it; an adapter of which it has nothing begins afresh.
     """
-    model = family.load_transformer(DTYPES[resolved_storage(stage)], baton.base, stage.expert)
+    model = load_stored(family, stored(stage), baton.base, stage.expert)
     placed = placed_adapters(plan, plan.stages.index(stage))
     if stage.train != "full":
         place_adapters(model, placed, family.target_patterns, plan.seed)

@@ -27,11 +27,12 @@ from stages.checkpoint import keep_newest, step_folder, write_checkpoint, write_
 from stages.dropout import Drawing
 from stages.evaluate import Measured, evaluate
 from stages.ledger import ledger_entry
+from stages.memory import EncoderRest, Released
 from stages.objective import Objective
 from stages.objectives.parts import Part
-from stages.optim import Average, optimizer_state
+from stages.optim import Average, found_step_size, optimizer_state, rate_at
 from stages.placed import all_adapters
-from stages.plan import Stage
+from stages.plan import LearningRate, Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from mixing.lanes import State
     from stages.open_lanes import Lanes
 
+MOST_SKIPPED = 50  # the loss scale is 1e15 times smaller by then; at the start some 10 are usual
 
 
 class TrainingError(RunError):
@@ -92,6 +94,8 @@ class Leg:
     """Of (seed, stage): noise and timesteps are derived from it and the image's number."""
     objective: Objective
     """What is asked of the transformer."""
+    rest: EncoderRest
+    """Lets go of the encoders while the steps do without them."""
     step: int
     """Steps made."""
     images: dict[str, int]
@@ -102,6 +106,10 @@ class Leg:
     """The same of images at each resolution."""
     bad: dict[str, dict[str, str]]
     """Rows that turned out unreadable: source to key to reason."""
+    skipped: int
+    """Steps that fp16 skipped. Their images count, for the data goes on; the learning rate and the average do not."""
+    skipped_in_a_row: int
+    """How many of them were the last ones, without a step between."""
     seconds_before: float
     began: float
     window: Window
@@ -128,7 +136,8 @@ class Leg:
         prompts = ["" if gone else prompt for prompt, gone in zip(batch.prompts, left_out.prompts, strict=True)]
         of_regions = [["" if gone else prompt for prompt, gone in zip(region.prompts, left_out.prompts, strict=True)] for region in batch.regions]
         shown = show(self.run.family, batch, prompts, of_regions)
-        return shown, self.objective.parts(batch, shown, left_out, self.mixture.images_before(batch.step))
+        first = self.mixture.images_before(batch.step) if self.stage.timesteps.stratified else 0  # it is a tenth of a millisecond
+        return shown, self.objective.parts(batch, shown, left_out, first)
 
     def dropping(self, batch: MicroBatch, part: Part) -> AbstractContextManager[None]:
         """Inside, inputs of the adapters are dropped as the images ask for it; the forward and the backward pass of a part stand in it."""
@@ -174,10 +183,25 @@ class Leg:
         """Count a row that could not be decoded."""
         self.bad.setdefault(row.source, {})[row.key] = row.reason
 
-    def stepped(self) -> None:
-        """A step was made: count it, average the weights, write the trace."""
-        if self.average:
+    def learning_rate(self, rate: LearningRate) -> float:
+        """The rate of the step under way, by the steps that were made and not by those that were skipped."""
+        return rate_at(self.step - self.skipped, self.stage.steps, rate)
+
+    def stepped(self, made: bool) -> None:
+        """A step is over: count it, average the weights, write the trace. made: False if it was skipped; the weights are as they were.
+
+        Raises TrainingError after too many skipped ones in a row.
+        """
+        if not made:
+            self.skipped += 1
+        elif self.average:
             self.average.update(self.trainable)
+        self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"stage '{self.stage.name}': {self.skipped_in_a_row} steps in a row were skipped, the last of them step {self.step + 1}, for their gradients leave the range of fp16 "
+                f"even with a loss scale of {self.precision.scaler.get_scale():.1e}; the last checkpoint stands. Write precision: bf16 or fp32, or look at what the rows since hold"
+            )
         self.step += 1
         self.window.steps += 1
         self.run.log.advance()
@@ -186,6 +210,13 @@ class Leg:
             if self.run.trace:
                 self.run.trace.write(self.stage.name, self.step - 1, [row[1:] for row in sorted(rows)])
         self.rows = []
+        self.note_released(self.rest.step())
+
+    def note_released(self, released: Released | None) -> None:
+        """Log that encoders were let go of, if they were."""
+        if released:
+            counts = {"bytes_before": released.bytes_before, "bytes_after": released.bytes_after}
+            self.run.log.write({"event": "memory", "stage": self.stage.name, "step": self.step, "kind": "released", "parts": released.parts, **counts})
 
     def log_step(self, learning_rate: float, norm: Tensor) -> None:
         """One line in metrics.jsonl and on the console, from all processes' counts. Raises TrainingError if the loss is no number."""
@@ -208,7 +239,7 @@ class Leg:
             "step": self.step,
             "loss": total / images,
             "lr": learning_rate,
-            "grad_norm": float(norm),
+            "grad_norm": length if math.isfinite(length := float(norm)) else None,
             "images": images / self.window.steps,
             "tokens": tokens / self.window.steps,
             "images_per_second": images / seconds,
@@ -220,16 +251,20 @@ class Leg:
             "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
         }
         if self.stage.precision == "fp16":
-            record["loss_scale"] = self.precision.scaler.get_scale()
+            record |= {"loss_scale": self.precision.scaler.get_scale(), "skipped": self.skipped}
+        if (step_size := found_step_size(self.optimizer)) is not None:
+            record["step_size"] = step_size
         if device.type == "cuda":
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         run.log.write(record)
-        tracked = {name: record[name] for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait")}
+        tracked = {name: record[name] for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "skipped", "step_size") if record.get(name) is not None}
         run.log.track({**tracked, "stage": self.index + 1, **{f"loss/{name}": loss for name, loss in record["losses"].items()}}, run.steps_before(self.index) + self.step)
         left = (self.stage.steps - self.step) * seconds / self.window.steps
         run.log.say(
             f"[bold]{self.stage.name}[/bold] {self.step:>{len(str(self.stage.steps))}}/{self.stage.steps}  loss {record['loss']:.4f}  lr {learning_rate:.2e}  "
-            f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
+            + (f"step size {step_size:.2e}  " if step_size is not None else "")
+            + (f"skipped {self.skipped}  " if self.skipped else "")
+            + f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
         )
         self.warn_of_cache()
         for message in self.lanes.take_waits():
@@ -316,6 +351,7 @@ class Leg:
                 changes = [f"{entry[since]:+.4f} ± {entry[f'{since}_error']:.4f}" if since in entry else "" for since in ("since_start", "since_base")]
                 table.add_row(name, f"{entry['loss']:.4f}", *changes)
             run.log.show(table)
+        self.note_released(self.rest.aside())
         self.window.began += time.monotonic() - began  # it is no time of training
         return measured
 
@@ -351,6 +387,8 @@ class Leg:
                 "plan": run.recorded(stage),
                 "base": None if base is None or stage.train == "full" else os.path.relpath(base, place),
                 "scaler": self.precision.scaler.state_dict(),
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
                 "ema_updates": self.average.updates if self.average else None,
                 "images": images,
                 "tokens": tokens,

@@ -18,6 +18,7 @@ from stages.families.open import ARCHITECTURES
 from stages.feed import Sizes
 from stages.placed import placed_adapters
 from stages.plan import Model, Plan
+from stages.storage import left_plain, stored_bytes
 
 
 def model_facts(plan: Plan) -> ModelFacts | None:
@@ -49,9 +50,10 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     return ModelFacts(
         family=model.family,
         parameters=parameters,
-        base_bytes={"fp32": 4 * parameters, "bf16": 2 * parameters},
+        base_bytes=stored_bytes(plain),
         trainable=tuple(trainable),
         sizes=Sizes(model.sizes.pixel_multiple, model.sizes.text_tokens),
+        left_plain=left_plain(plain),
     )
 
 

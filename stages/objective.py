@@ -85,7 +85,7 @@ class Objective:
         return [key(self.key, "noise", position) for position in batch.positions]
 
     def parts(self, batch: MicroBatch, shown: Shown, left_out: LeftOut, first: int) -> list[Part]:
-        """A micro-batch as the transformer is shown it, in as many calls as it takes. first: position of the first image of its step."""
+        """A micro-batch as the transformer is shown it, in as many calls as it takes. first: position of the first image of its step, which stratified noise levels need."""
         x = shown.x
         device = x.device
         e = flow.noise(x.shape[1:], self.noise_keys(batch)).to(device)

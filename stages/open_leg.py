@@ -18,6 +18,7 @@ from stages.evaluate import Measured
 from stages.feed import stage_mixture
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window
+from stages.memory import EncoderRest
 from stages.objective import Objective
 from stages.open_lanes import open_lanes
 from stages.optim import Average, load_optimizer_state, make_optimizer
@@ -25,7 +26,8 @@ from stages.placed import DEFAULT, newest, placed_adapters
 from stages.plan import Stage
 from stages.precision import StagePrecision
 from stages.reader import PlanError
-from stages.resolved import objective_words, resolution_words, resolved_rate, resolved_storage, step_words
+from stages.recomputation import recomputation_words, recompute
+from stages.resolved import objective_words, quantised, resolution_words, resolved_rate, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import JudgeError
 from stages.stage_event import stage_event
@@ -43,7 +45,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     try:
         began = time.monotonic()
         base, base_outputs, _ = run.base(stage)
-        if not checkpoint and run.shapes(stage) not in {run.shapes(earlier) for earlier in run.plan.stages[:index]}:
+        if not checkpoint and (run.shapes(stage), quantised(stage)) not in {(run.shapes(earlier), quantised(earlier)) for earlier in run.plan.stages[:index]}:
             seconds = round(time.monotonic() - began, 3)
             run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
         handed = _handed_on(run, index, stage, checkpoint)
@@ -55,6 +57,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
             others = carried(run.plan, stage, weights)
             load_adapter_weights(model, {name: value for name, value in weights.items() if name not in others}, str(checkpoint.folder))
         drawing = add_dropout(model, placed_adapters(run.plan, index), trainable.values())
+        every = recompute(model, stage.checkpointing, device)
     except (TargetError, JudgeError) as error:
         raise PlanError.at("", str(error)) from None
     precision, stage_key = StagePrecision(stage.precision, device), key(run.plan.seed, "stage", stage.name)
@@ -65,8 +68,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         if average:
             average.values = {name: value.to(device) for name, value in checkpoint.tensors("ema").items()}
             average.updates = int(checkpoint.state["ema_updates"])
-        if precision.mode == "fp16":
-            precision.scaler.load_state_dict(checkpoint.state["scaler"])
+        precision.load_scale(checkpoint.state["scaler"])
     kept: list[str] = []
     if run.last and not checkpoint:
         kept = _keep(run.last, stage, optimizer, trainable, average)
@@ -87,12 +89,15 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         average=average,
         key=stage_key,
         objective=Objective(run.family, stage, stage_key, precision.dtype, mixture.images_before(stage.steps)),
+        rest=EncoderRest(run.family),
         step=checkpoint.step if checkpoint else 0,
         first_step=checkpoint.step if checkpoint else 0,
         images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
         tokens=dict(checkpoint.state["tokens"]) if checkpoint and run.accelerator.is_main_process else {},
         levels=list(checkpoint.state["levels"]) if checkpoint and run.accelerator.is_main_process else [0] * len(mixture.levels),
         bad={name: dict(rows) for name, rows in checkpoint.state["bad"].items()} if checkpoint else {},
+        skipped=int(checkpoint.state["skipped"]) if checkpoint else 0,
+        skipped_in_a_row=int(checkpoint.state["skipped_in_a_row"]) if checkpoint else 0,
         seconds_before=float(checkpoint.state["seconds"]) if checkpoint else 0.0,
         began=time.monotonic(),
         window=Window(time.monotonic()),
@@ -104,7 +109,9 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         leg.start = Measured.load(started)
     else:
         show_stage(leg)
-        run.log.write({**stage_event(leg), "state": "start"})
+        if every:
+            run.log.say(f"  activations of {recomputation_words(every)} are computed again for the gradient")
+        run.log.write({**stage_event(leg), "state": "start", "recomputed_every": every})
         if handed.errors and run.last is None:  # of a start there is nothing to compare the function with
             record = {"event": "handoff", "from": run.baton.origin, "to": stage.name, "kept": [_carried(leg)], "exact": False, "cause": "the adapter was shrunk"}
             run.log.write({**record, "way": "shrink", "errors": dict(handed.errors), "error": say_errors(leg, handed.errors)})
@@ -194,7 +201,8 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], 
     old = last.tensors("probe") if before.expert == leg.stage.expert else {}
     with leg.still():
         outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
-    base = run.base(before)[1] if run.shapes(before) != run.shapes(leg.stage) else base_outputs
+    alike = run.shapes(before) == run.shapes(leg.stage) and quantised(before) == quantised(leg.stage)
+    base = base_outputs if alike else run.base(before)[1]  # what was learnt is counted from the base that it was learnt over
     delta = deltas(outputs, old, base)
     record = {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
     if leg.stage.handoff.adapter != "continue":
@@ -235,10 +243,11 @@ def show_stage(leg: Leg) -> None:
     rate = resolved_rate(stage)
     trained = sum(parameter.numel() for parameter in leg.trainable.values())
     what = _trains(leg)
+    by = "" if stage.optimizer.name == "adamw" else f", by {stage.optimizer.name}"
     run.log.say("")
     run.log.say(
         f"[bold]stage {leg.index + 1}/{len(run.plan.stages)} {stage.name}[/bold]: {stage.steps:,} steps of {step_words(stage)} at {resolution_words(stage)} pixels, "
-        f"in {stage.precision} over a base in {resolved_storage(stage)}; trains {what} ({trained:,} numbers) at {rate.peak:g}, {rate.schedule}"
+        f"in {stage.precision} over a base in {resolved_storage(stage)}; trains {what} ({trained:,} numbers) at {rate.peak:g}, {rate.schedule}{by}"
     )
     if asks := objective_words(stage):
         run.log.say(f"  {asks}")

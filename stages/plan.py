@@ -16,7 +16,8 @@ BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(MB|GB|TB|MiB|GiB|TiB)$"
 Task = Literal["text_to_image", "subject", "control", "edit", "other", "entity"]
 Role = Literal["target", "reference", "prompt", "entity_prompts", "entity_masks"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Storage = Literal["fp32", "bf16"]
+Storage = Literal["fp32", "bf16", "nf4", "int8"]
+Quantised = Literal["nf4", "int8"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
@@ -224,14 +225,22 @@ class LearningRate(_Word):
 
 
 class Optimizer(_Word):
-    """AdamW, its state in float32."""
+    """What makes a step of the gradient. Weights stay float32 with each of them."""
 
+    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """`adamw`: its state in float32 (Loshchilov and Hutter 2019). `adamw8bit`: its two moments in 8 bits, a quarter of the memory, from bitsandbytes
+    (Dettmers et al. 2022, arXiv:2110.02861); weights of fewer than 4,096 numbers keep them in 32. `prodigy`: AdamW that finds its step size itself
+    (Mishchenko and Defazio 2024, arXiv:2306.06101); `lr` is a factor of it then: write lr: 1, constant or falling by a cosine."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Positive = 1e-8
     """Added to the denominator."""
     weight_decay: Rate = 0.0
     """Decoupled weight decay."""
+    d0: Positive = 1e-6
+    """Of `prodigy`: the step size that it begins with, and never goes below. Where it does not begin to grow, 1e-5 or 1e-4."""
+    d_coef: Positive = 1.0
+    """Of `prodigy`: factor of its estimate. 0.5 or 2 make its steps smaller or larger, which is better done here than by `lr`."""
 
 
 class Timesteps(_Word):
@@ -336,7 +345,8 @@ class Handoff(_Word):
     lossy: bool = False
     """Whether `merge` may fold the adapter into weights that the stage stores in bf16, which rounds most of it away."""
     optimizer: Literal["reset", "keep", "keep_v"] = "reset"
-    """`reset`: new moments. `keep`: both moments and their step count, where name and shape agree. `keep_v`: the second moment and the count, the first set to zero."""
+    """`reset`: new moments. `keep`: both moments and their step count, where name and shape agree. `keep_v`: the second moment and the count, the first set to zero.
+    Kept is what the same optimizer left behind; of `prodigy` its step size too, and all or nothing, for that belongs to all weights together."""
     ema: Literal["keep", "reset"] = "reset"
     """`keep`: the average goes on from where it was (its clock restarts). `reset`: it starts from this stage's first weights. Both need `ema`."""
 
@@ -372,6 +382,16 @@ class MixRamp(_Word):
     """The mix of the last step."""
 
 
+class Every(_Word):
+    """Of so many blocks, one."""
+
+    every: Annotated[int, Field(strict=True, ge=2, le=1000)]
+    """`2` is every second block. More keep more activations and take less time."""
+
+
+Checkpointing = Annotated[Literal["auto", "none", "full"] | Every, Field(union_mode="left_to_right")]
+
+
 class Stage(_Word):
     """One leg of the plan: its own mix, resolution, precision, trainable weights and learning rate."""
 
@@ -392,16 +412,20 @@ class Stage(_Word):
     """Shares of the sources, counted in images: `natural` (by size after `take`), {power: 0.5} (by size to that power), or shares by name
     (any numbers of at least 0; they are normalised). A source that is not named is not drawn. {from, to} changes from one mix to another over the stage."""
     precision: Precision = "bf16"
-    """What the stage multiplies in. fp16 uses loss scaling."""
+    """What the stage multiplies in. fp16 uses loss scaling: a step whose gradients leave its range is skipped, which moves neither weights, average nor learning rate on."""
     base: Storage | None = None
-    """What the frozen weights are stored in. Left out: bf16 for `precision: bf16`, unless `train: full`; else fp32 (fp16 and bf16 do
-    not mix in every model)."""
+    """What the frozen weights are stored in. nf4 and int8 are for the linear layers of the transformer's blocks, in about 4.5 and 8 bits a weight; the rest
+    is then stored as if nothing were said. Left out: bf16 for `precision: bf16`, unless `train: full`; else fp32 (fp16 and bf16 do not mix in every model)."""
+    checkpointing: Checkpointing = "auto"
+    """Which of the transformer's blocks let go of their activations and compute them again for the gradient, which is the same to the bit: memory is saved,
+    and time is spent. `none`; `full`, all of them; {every: 2}, every second one; `auto`: all, on a GPU and with more than 2 billion parameters,
+    else none."""
     train: Literal["adapter", "full"] | list[str] = "adapter"
     """`adapter`: the whole adapter, or all of them. `full`: the transformer's own weights. A list: each entry the name of an adapter, or a pattern: the
     pairs on modules whose full name matches it, of one adapter where its name and a colon stand before (`cond:transformer_blocks\\..*`). What does
     not train stays as it is, and stays active."""
     optimizer: Optimizer = Optimizer()
-    """Settings of AdamW."""
+    """What makes a step of the gradient: AdamW if left out."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; `null` clips nothing."""
     ema: Fraction | None = None
@@ -499,6 +523,9 @@ class Plan(_Word):
     """How many checkpoints inside a stage are kept; the end of a stage is always kept."""
     log_every: Count = 10
     """Steps between lines in metrics.jsonl and on the console."""
+    dry_step: bool | None = None
+    """Whether, before anything trains, every stage makes a step of its largest micro-batch on made-up images and throws it away, so that what does not fit into
+    memory is known in the first minutes. Left out: on a GPU."""
     workers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
     """Processes that read and decode images, for each training process. What is drawn does not depend on it."""
     track: Literal["trackio", "none"] = "trackio"

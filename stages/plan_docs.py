@@ -134,6 +134,7 @@ _WHERE = {
     "MicroTokens": "stages: batch: micro",
     "MixRamp": "stages: mix",
     "Power": "stages: mix: power",
+    "Every": "stages: checkpointing",
     "Optimizer": "stages: optimizer",
     "Timesteps": "stages: timesteps",
     "Pyramid": "stages: pyramid",

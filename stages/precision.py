@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,25 @@ class StagePrecision:
         """mode: fp32, bf16 or fp16."""
         self.mode, self.dtype, self.device = mode, DTYPES[mode], device
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode == "fp16")
+        self._scale: float | None = None
+
+    def update_scale(self) -> bool:
+        """Adapt the loss scale after a step; returns whether the step was made. fp16 skips one whose gradients are not all finite, on all processes alike.
+
+        To know costs fp16 one wait for the device a step. In other modes every step is made, and nothing is waited for.
+        """
+        if self.mode != "fp16":
+            return True
+        before = self._scale if self._scale is not None else self.scaler.get_scale()
+        self.scaler.update()
+        self._scale = self.scaler.get_scale()
+        return 0 < before <= self._scale  # it falls with every skipped step; at 0 there is nothing left to fall, and no step is made
+
+    def load_scale(self, state: Mapping[str, Any]) -> None:
+        """Go on with the loss scale of a checkpoint, what `scaler.state_dict()` gave."""
+        if self.mode == "fp16":
+            self.scaler.load_state_dict(dict(state))
+            self._scale = float(state["scale"])
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass; gradients are taken outside."""

@@ -23,9 +23,10 @@ from stages.families.open import fingerprint
 from stages.plan import MixRamp, Plan, Prior, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.resolved import main_resolution
+from stages.resolved import main_resolution, quantised
 from stages.sampler import Sampler, sample
 from stages.shown import Shown
+from stages.storage import Stored, load_stored
 
 _AT_ONCE = 4
 _DONE = "prior.json"
@@ -48,7 +49,12 @@ def side_of(plan: Plan, name: str) -> int:
     """The side of a prior source's images: what the plan says, or the resolution of the first stage that draws it."""
     prior = plan.sources[name].prior
     assert prior is not None
-    return prior.resolution or main_resolution(next((stage for stage in plan.stages if _draws(stage, name)), plan.stages[0]))
+    return prior.resolution or main_resolution(_first_drawing(plan, name))
+
+
+def _first_drawing(plan: Plan, name: str) -> Stage:
+    """The first stage that draws a source."""
+    return next((stage for stage in plan.stages if _draws(stage, name)), plan.stages[0])
 
 
 def _draws(stage: Stage, name: str) -> bool:
@@ -60,7 +66,8 @@ def prior_folder(plan: Plan, name: str, model: str, root: Path, otherwise: Path)
     """Where a prior source's images lie: in the cache, by all that they depend on; in `otherwise`, the run's folder, where the plan keeps no cache. model: its fingerprint."""
     prior = plan.sources[name].prior
     assert prior is not None
-    said = json.dumps([1, model, prompts_of(name, prior, root), prior.count, prior.steps, prior.guidance, side_of(plan, name), plan.seed, name])
+    blocks = quantised(_first_drawing(plan, name))
+    said = json.dumps([1, model, prompts_of(name, prior, root), prior.count, prior.steps, prior.guidance, side_of(plan, name), plan.seed, name, *([blocks] if blocks else [])])
     place = otherwise if plan.cache == "none" else Path(plan.cache.folder)
     return place / "prior" / f"{name}-{sha256(said.encode()).hexdigest()[:16]}"
 
@@ -97,7 +104,8 @@ def make_prior(plan: Plan, name: str, folder: Path, family: Family, accelerator:
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     on_gpu = family.device.type == "cuda"
-    transformer = family.load_transformer(torch.bfloat16 if on_gpu else torch.float32, None)
+    # Quantised where the first stage that draws the source is, for where that fits the model fits.
+    transformer = load_stored(family, Stored(torch.bfloat16 if on_gpu else torch.float32, quantised(_first_drawing(plan, name))), None)
     sampler = Sampler(prior.steps, StagePrecision("bf16" if on_gpu else "fp32", family.device), prior.guidance)
     shape = family.encode_images(torch.zeros(1, 3, side, side)).shape[1:]
     for number, first in enumerate(range(0, prior.count, _AT_ONCE)):

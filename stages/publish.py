@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixing.batch import MicroBatch
@@ -20,9 +21,11 @@ from stages.handoff import probe, same_outputs
 from stages.layouts import load_back, loading_lines, write_adapter, write_layouts
 from stages.pairs import joined
 from stages.placed import newest, placed_adapters, scale_of, total_rank
-from stages.plan import Adapter, Model, Plan
+from stages.plan import Adapter, Model, Plan, Quantised
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import RunError
+from stages.resolved import quantised, resolved_storage
+from stages.storage import quantise
 
 _OUTPUTS = 1e-5  # of the largest output, over a base in fp32
 _ROUNDED = 0.5  # of the outputs' norm, over a base in bf16: they cannot tell a weak adapter from rounding, the pairs can; but another model they tell
@@ -46,10 +49,12 @@ class Trained:
     base: Path | None
     """Weights of the transformer that they sit on; None for the model itself."""
     storage: str
-    """Its dtype."""
+    """Its dtype; of a quantised one, that of the weights that are not."""
     precision: StagePrecision
     saw: Mapping[str, Tensor]
     """What the trained transformer gave on the fixed inputs, in `precision`."""
+    blocks: Quantised | None = None
+    """What its blocks are quantised to. The proof quantises the fresh transformer alike: so it is the function that training saw, and takes no more memory."""
 
 
 def publish_adapter(
@@ -74,13 +79,16 @@ def publish_adapter(
         shutil.copyfile(sheet, partial / "previews.png")
     worst, said = 0.0, []
     for each in trained:
-        fresh = family.load_transformer(DTYPES[each.storage], each.base, each.expert)
+        fresh = family.load_transformer(DTYPES[each.storage], each.base, each.expert, device=family.device if each.blocks is None else torch.device("cpu"))
         one, settings = as_one(plan, each.weights, each.index)
         said.append(write_layouts(partial, family, one, settings, notes, each.expert, fresh))
         standing = placed_adapters(plan, each.index)
         for name, placed in standing.items() if len(standing) > 1 else ():
             write_adapter(partial / f"{name}.safetensors", of_adapter(each.weights, name), placed.settings, notes)
         load_back(partial, family, fresh, each.expert)
+        if each.blocks is not None:
+            quantise(fresh, each.blocks, family.device)
+            fresh.to(family.device)
         off = _largest_change(fresh, one, scale_of(settings))
         outputs = probe(family, fresh, batches, each.precision, plan.seed)
         difference = same_outputs(each.saw, outputs)
@@ -157,6 +165,9 @@ def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any]
         for name, entry in stage["sources"].items():
             epochs = f"{entry['epochs']:.2f}" if "epochs" in entry else "a stream"
             saw.append(f"| {stage['stage']} | {name} | {entry['asked']:.1%} | {entry['drawn']:.1%} | {entry['images']:,} | {epochs} |")
+    trained = [stage for stage in plan.stages if stage.train != "full"]
+    stored = ", then ".join(dict.fromkeys(resolved_storage(stage) for stage in trained))
+    over = f" While it was trained the base was stored in {stored}; over another its outputs are a little other than those that training saw." if any(map(quantised, trained)) else ""
     base = base_note or f'pipe = {family.pipeline_class}.from_pretrained({json.dumps(repo)}, torch_dtype=torch.bfloat16)'
     return "\n".join(
         [
@@ -167,7 +178,7 @@ def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any]
             "---",
             f"# {plan.name}",
             "",
-            f"A {'DoRA' if settings.variant == 'dora' else 'LoRA'} of rank {total_rank(placed)} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.",
+            f"A {'DoRA' if settings.variant == 'dora' else 'LoRA'} of rank {total_rank(placed)} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.{over}",
             "",
             "```python",
             "import torch",

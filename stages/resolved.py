@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from stages.objectives.windows import Windows
 from stages.placed import newest, placed_adapters
-from stages.plan import Batch, Change, LearningRate, Level, Plan, Ramped, Stage, Storage, Timesteps
+from stages.plan import Batch, Change, LearningRate, Level, Plan, Quantised, Ramped, Stage, Storage, Timesteps
 
 
 def resolved_batch(stage: Stage) -> Batch:
@@ -111,7 +112,17 @@ def resolved_rate(stage: Stage) -> LearningRate:
 
 def resolved_storage(stage: Stage) -> Storage:
     """What the stage's frozen weights are stored in."""
-    if stage.base is not None:
+    return plain_storage(stage) if stage.base is None else stage.base
+
+
+def quantised(stage: Stage) -> Quantised | None:
+    """What the stage's blocks are quantised to; None leaves them as they are."""
+    return stage.base if stage.base == "nf4" or stage.base == "int8" else None
+
+
+def plain_storage(stage: Stage) -> Literal["fp32", "bf16"]:
+    """What those of the stage's frozen weights are stored in that are not quantised: all of them, unless the base is nf4 or int8."""
+    if stage.base == "fp32" or stage.base == "bf16":
         return stage.base
     return "bf16" if stage.precision == "bf16" and stage.train != "full" else "fp32"
 

@@ -30,15 +30,16 @@ from stages.handoff import Baton, other_experts, probe, probe_batches, probed_na
 from stages.ledger import dropped_rows
 from stages.open_cache import open_cache
 from stages.plan import Plan, Stage
-from stages.precision import DTYPES, StagePrecision
+from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.resolved import main_resolution, resolved_storage, windows_of
+from stages.resolved import main_resolution, quantised, windows_of
 from stages.sampler import Sampler
 from stages.sampling import Judge, accuracy, fit_judge
 from stages.stop import Stop
+from stages.storage import load_stored, stored
 from stages.track import Log, Trace
 
-VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datasets", "numpy", "safetensors")
+VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "safetensors")
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Run:
     def base(self, stage: Stage) -> tuple[Measured, dict[str, torch.Tensor], float | None]:
         """What the model does before any training, at a stage's resolution: held-out losses, outputs on fixed inputs, and the judge's verdict.
 
-        Kept in evaluations/, and measured anew where a source has come since.
+        Over a quantised base it is another function, and measured for itself, so that what is counted since the base is what was learnt. Kept in evaluations/, and measured anew where a source has come since.
         """
         shapes = self.shapes(stage)
         folder, name = self.folder / "evaluations", f"base-{named(shapes)}{_way(stage)}"
@@ -152,7 +153,7 @@ class Run:
         known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
         if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
             precision = StagePrecision(stage.precision, self.accelerator.device)
-            transformer = self.family.load_transformer(DTYPES[resolved_storage(stage)], None, stage.expert)
+            transformer = load_stored(self.family, stored(stage), None, stage.expert)
             measured = evaluate(
                 self.family,
                 transformer,
@@ -219,6 +220,6 @@ def named(shapes: Shapes) -> str:
 
 
 def _way(stage: Stage) -> str:
-    """What the way that a stage's held-out rows are measured on is called in file names; nothing for the straight one."""
+    """What the way that a stage's held-out rows are measured on is called in file names; nothing for the straight one over a base that is not quantised."""
     pyramid = "" if stage.pyramid is None else f"-{stage.pyramid.levels}-levels-{stage.pyramid.gamma:.6g}"
-    return f"{pyramid}-{stage.expert}" if stage.expert else pyramid
+    return "-".join([pyramid, *filter(None, (stage.expert, quantised(stage)))])

@@ -27,6 +27,8 @@ def stage_event(leg: Leg) -> dict[str, Any]:
         "levels": [level.model_dump() for level in resolved_levels(stage)],
         "precision": stage.precision,
         "base": resolved_storage(stage),
+        "optimizer": stage.optimizer.name,
+        "skipped": leg.skipped,
         "train": stage.train,
         "trainable": sum(parameter.numel() for parameter in leg.trainable.values()),
         "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),

@@ -23,6 +23,7 @@ from stages.feed import Sizes
 from stages.model_facts import model_facts
 from stages.plan import Plan, Stage
 from stages.resolved import objective_words
+from stages.storage import left_plain, stored_bytes
 
 SIZES = {"t2i": 1000, "edit": 50, "a-source-with-a-name-of-64-characters-that-goes-on-and-on-and-on": 3, "never": 7}
 LONG = list(SIZES)[2]
@@ -42,7 +43,7 @@ PLAN = Plan.model_validate(
         ],
     }
 )  # fmt: skip
-FACTS = ModelFacts("flux", 2_000_000_000, {"fp32": 8_000_000_000, "bf16": 4_000_000_000}, (2_000_000_000, 1_000_000, 4_000_000), Sizes(16, 8))
+FACTS = ModelFacts("flux", 2_000_000_000, {"fp32": 8_000_000_000, "bf16": 4_000_000_000, "nf4": 1_300_000_000, "int8": 2_200_000_000}, (2_000_000_000, 1_000_000, 4_000_000), Sizes(16, 8), 100_000_000)
 SQUARE, SQUARE_PAIR = class_of((2048, 2048), []), class_of((2048, 2048), [(2048, 2048)])
 
 
@@ -170,7 +171,9 @@ def test_facts_of_a_model_are_those_of_the_model_that_is_loaded(tmp_path: Path, 
     parameters = sum(parameter.numel() for parameter in base.parameters())
     add_adapter(base, plan.adapter, family.target_patterns, 0)
     trainable = tuple(sum(value.numel() for value in choose_trainable(base, stage.train, "").values()) for stage in stages)
-    assert facts == ModelFacts("flux", parameters, {"fp32": 4 * parameters, "bf16": 2 * parameters}, trainable, Sizes(family.pixel_multiple, family.text_tokens))
+    model = family.load_transformer(torch.float32, None)
+    assert facts == ModelFacts("flux", parameters, stored_bytes(model), trainable, Sizes(family.pixel_multiple, family.text_tokens), left_plain(model))
+    assert (facts.base_bytes["fp32"], facts.base_bytes["bf16"]) == (4 * parameters, 2 * parameters)
 
 
 def test_pattern_that_matches_nothing_is_an_error_of_the_facts(tmp_path: Path) -> None:

@@ -188,6 +188,10 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "trained on; put this stage before it, or begin another run with `start`",
     ]),
     "full in bf16": ("batch: 4", "batch: 4\n    train: full\n    base: bf16", ["12:11: stages[0].base: bf16 would round most of what train: full learns away; choose fp32, or leave it out"]),
+    "full in nf4": ("batch: 4", "batch: 4\n    train: full\n    base: nf4", ["12:11: stages[0].base: nf4 holds weights that stay as they are, and train: full changes them; choose fp32, or leave it out"]),
+    "merge into nf4": ("precision: bf16", "precision: bf16\n    base: nf4\n    handoff: {adapter: merge, lossy: true}", [
+        "19:24: stages[1].handoff.adapter: 'merge' into a base stored in nf4 rounds away most of what was learnt; choose stack or continue, or give the stage base: fp32, or bf16 with lossy: true",
+    ]),
     "no regular expression": ("batch: 4", "batch: 4\n    train: ['(']", ["11:13: stages[0].train[0]: '(' is not a regular expression: missing ), unterminated subpattern at position 0"]),
     "no pattern": ("model: models/tiny", "model: models/tiny\nadapter: {targets: []}", ["2:20: adapter.targets: no pattern is given"]),
     "evaluation of nothing": ("model: models/tiny", "model: models/tiny\nevaluate: {rows: 0, every: 5}", ["2:21: evaluate.every: with evaluate.rows: 0 nothing is held out to measure; remove it, or hold rows out"]),
@@ -294,6 +298,9 @@ BROKEN_ADAPTERS: dict[str, tuple[str, str, list[str]]] = {
     "grow to the same rank": ("model: models/tiny", "handoff: {adapter: grow, rank: 16}", ["18:36: stages[1].handoff.rank: 'grow' to rank 16, and the adapter has rank 16; give a larger rank"]),
     "shrink to a larger rank": ("model: models/tiny", "handoff: {adapter: shrink, rank: 32}", ["18:38: stages[1].handoff.rank: 'shrink' to rank 32, and the adapter has rank 16; give a smaller rank, or choose grow"]),
     "shrink to the same rank": ("model: models/tiny", "handoff: {adapter: shrink, rank: 16}", ["18:38: stages[1].handoff.rank: 'shrink' to rank 16, and the adapter has rank 16; give a smaller rank"]),
+    "DoRA over int8": ("model: models/tiny\nadapter: {variant: dora}", "base: int8", [
+        "19:11: stages[1].base: the adapter is a DoRA, which needs the lengths of the base's rows, and int8 has no rows to read; choose bf16 or fp32, or variant lora or rslora",
+    ]),
     "shrink of a DoRA": ("model: models/tiny\nadapter: {variant: dora}", "handoff: {adapter: shrink}", ["19:24: stages[1].handoff.adapter: 'shrink' of a DoRA: the lengths of its rows are no product; choose continue, grow or merge"]),
     "stack on a DoRA": ("model: models/tiny\nadapter: {variant: dora}", "handoff: {adapter: stack}", [
         "19:24: stages[1].handoff.adapter: 'stack' of a DoRA: DoRA cannot be joined with others, and they are published as one; choose continue, grow or merge",

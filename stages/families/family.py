@@ -69,6 +69,8 @@ class Family:
         self._encoder_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self._vae: Any = None
         self._prompter: Any = None
+        self.encoder_uses = 0
+        """How often the VAE or what encodes prompts was asked for."""
         transformer = dict(self._read("transformer/config.json", ""))
         sizes = self.facts.sizes(self._read)
         self.model = Configs(
@@ -125,6 +127,7 @@ class Family:
     @property
     def vae(self) -> Any:
         """The VAE in float32, loaded if it is not; None in pixel space."""
+        self.encoder_uses += self.encodes_images
         if self.encodes_images and self._vae is None:
             vae = self.architecture.vae_class.from_pretrained(self.repo, subfolder="vae", revision=self.revision, dtype=torch.float32)
             self._vae = vae.requires_grad_(False).to(self.device)
@@ -133,6 +136,7 @@ class Family:
     @property
     def prompter(self) -> Any:
         """The stock pipeline with what encodes prompts, loaded if it is not, and without VAE and transformer."""
+        self.encoder_uses += 1
         if self._prompter is None:
             self._prompter = self._pipeline(self._encoder_dtype, keep=(*self.architecture.prompt_parts, "scheduler"))
             for part in self._prompter.components.values():
@@ -145,6 +149,11 @@ class Family:
         names = [name for name, entry in self.model.index.items() if isinstance(entry, list) and len(entry) == 2]
         given = {name: parts.get(name) for name in names if name not in keep}
         return getattr(diffusers, self.pipeline_class).from_pretrained(self.repo, revision=self.revision, dtype=dtype, **given)
+
+    @property
+    def held_encoders(self) -> tuple[str, ...]:
+        """What of them is in memory: `vae`, `text encoders`."""
+        return tuple(name for name, part in (("vae", self._vae), ("text encoders", self._prompter)) if part is not None)
 
     def release_encoders(self) -> None:
         """Drop the VAE and the text encoders from memory; they come back at their next use."""
@@ -195,10 +204,11 @@ class Family:
             raise RunError(f"{self.repo} has no expert '{expert}': {found}")
         return _EXPERT_PARTS[self.experts.index(expert)]
 
-    def load_transformer(self, storage: torch.dtype, weights: File | None, expert: str | None = None) -> nn.Module:
+    def load_transformer(self, storage: torch.dtype, weights: File | None, expert: str | None = None, *, device: torch.device | None = None) -> nn.Module:
         """A frozen transformer in evaluation mode, stored in `storage`, from the model's folder or with the weights of a safetensors file.
 
-        expert: which of several; None is the only one, or the first. What its class keeps in float32 stays so.
+        expert: which of several; None is the only one, or the first. device: where it is put; None is the family's own. What its class keeps in float32
+        stays so.
         """
         of_class, part = self.architecture.transformer_class, self.expert_part(expert)
         if weights is None:
@@ -207,7 +217,7 @@ class Family:
             model = of_class.from_config(of_class.load_config(self.repo, subfolder=part, revision=self.revision))
             model.load_state_dict(load_file(weights))
             _store(model, storage)
-        module: nn.Module = model.requires_grad_(False).eval().to(self.device)
+        module: nn.Module = model.requires_grad_(False).eval().to(device or self.device)
         return module
 
     def stock_pipeline(self, transformer: nn.Module, *, encoders: bool = True, expert: str | None = None, others: Mapping[str, nn.Module] = _NONE) -> Any:

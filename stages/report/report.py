@@ -189,7 +189,11 @@ def _stage_lines(stage: StageRecord) -> list[str]:
         numeric += ", as measured" if measured == [asked] else f" asked, {' and '.join(measured)} measured"
     base = text(event.get("base")) or text(plan.get("base"))
     stored = f"base in {base}" if base else ""
-    return [" · ".join(p for p in work if p), trains, " · ".join(p for p in (numeric, stored) if p), _rate(stage), *filter(None, [text(event.get("asks"))])]
+    skipped = whole(event.get("skipped"))
+    left_out = f"{count(skipped)} steps skipped" if skipped else ""
+    optimizer = text(event.get("optimizer"))
+    rate = ", ".join(filter(None, (_rate(stage), f"by {optimizer}" if optimizer not in ("", "adamw") else "")))
+    return [" · ".join(p for p in work if p), trains, " · ".join(p for p in (numeric, stored, left_out) if p), rate, *filter(None, [text(event.get("asks"))])]
 
 
 def _rate(stage: StageRecord) -> str:
