@@ -27,8 +27,8 @@ from mixing.selected import Selection
 from stages.checkpoint import write_whole
 from stages.encode import kept_latents
 from stages.families.family import Family
-from stages.objectives import flow, path, pyramid
-from stages.objectives.parts import errors
+from stages.objectives import flow, pyramid
+from stages.objectives.parts import errors, whole
 from stages.objectives.windows import Windows
 from stages.precision import StagePrecision
 from stages.shown import show
@@ -156,11 +156,10 @@ def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: t
     """The loss of each row of a micro-batch at the given t, with noise keyed by (seed, source, row)."""
     shown = show(family, batch)
     x = shown.x
-    e = _noise(batch, x, seed)
-    t = family.seen_timestep(t.to(x.device), precision.dtype)
+    part = whole(family.path, x, _noise(batch, x, seed), family.seen_timestep(t.to(x.device), precision.dtype))
     with precision.autocast():
-        predicted = shown.predict(family, transformer, family.path.blend(x, e, t), t)
-    return path.losses(predicted, family.path.target(x, e, t))
+        predicted = shown.predict_part(family, transformer, part)
+    return errors(predicted, part)
 
 
 def level_losses(family: Family, transformer: nn.Module, batch: MicroBatch, places: torch.Tensor, windows: Windows, precision: StagePrecision, seed: int) -> torch.Tensor:

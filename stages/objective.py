@@ -19,7 +19,7 @@ from stages.families.family import Family
 from stages.objectives import flow, pyramid
 from stages.objectives.flow import Density
 from stages.objectives.levels import LevelShares, shuffled
-from stages.objectives.parts import Part
+from stages.objectives.parts import Part, whole
 from stages.objectives.windows import Windows
 from stages.plan import Changed, Stage
 from stages.resolved import level_shares, main_resolution, windows_of
@@ -103,8 +103,7 @@ class Objective:
         else:
             quantiles = flow.stratified(self.key, batch.positions, first, batch.step_images) if self.stage.timesteps.stratified else flow.quantiles(self.key, batch.positions)
             t = self.family.seen_timestep(density.t(quantiles).to(device), self.compute)
-            path = self.family.path
-            parts = [Part(torch.arange(len(x)), path.blend(x, e, t), t, path.target(x, e, t), torch.ones_like(t), 1.0)]
+            parts = [whole(self.family.path, x, e, t)]
         factors = self._factors(batch)
         parts = [replace(part, weight=part.weight * factors[part.rows].to(device) * self._by_noise(part.t, density)) for part in parts]
         if self.stage.loss.changed is not None and len(shown.references) == 1 and shown.references[0].shape == x.shape:

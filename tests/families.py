@@ -79,8 +79,3 @@ def largest(one: Mapping[str, Tensor] | Tensor, other: Mapping[str, Tensor] | Te
     assert not isinstance(one, Tensor)
     assert not isinstance(other, Tensor)
     return max(largest(one[name], other[name]) for name in one)
-
-
-def folder_of(tmp_path: Path, name: str) -> Path:
-    """A fresh place for a model."""
-    return tmp_path / name

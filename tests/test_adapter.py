@@ -32,6 +32,7 @@ from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.layouts import write_adapter
 from stages.objectives import flow
+from stages.objectives.parts import errors, whole
 from stages.optim import make_optimizer
 from stages.pairs import joined, ranks_of
 from stages.placed import Placed
@@ -73,7 +74,8 @@ def train_for(family: Family, model: nn.Module, trainable: dict[str, nn.Paramete
     optimizer.param_groups[0]["lr"] = 0.01
     for step in range(steps):
         e = flow.noise((3, 8, 8), [2 * step, 2 * step + 1])
-        flow.losses(family.predict(model, flow.blend(images(), e, T), T, family.encode_prompts(PROMPTS), ()), images(), e).sum().backward()
+        part = whole(family.path, images(), e, T)
+        errors(family.predict(model, part.noised, T, family.encode_prompts(PROMPTS), ()), part).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,7 +11,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
 
-from stages.objectives.flow import Density, blend, losses, noise, quantiles
+from stages.objectives.flow import Density, blend, noise, quantiles
+from stages.objectives.parts import errors, whole
+from stages.objectives.path import Straight
+
+
+def losses(predicted: torch.Tensor, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """The errors of the straight flow's velocity."""
+    return errors(predicted, whole(Straight(), x, e, torch.full((len(x),), 0.5)))
+
 
 EVENLY = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 SMALLEST, LARGEST = 2.0**-53, 1 - 2.0**-53  # of the quantiles that keys give

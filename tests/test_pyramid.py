@@ -18,6 +18,7 @@ from torch import Tensor
 from models import tiny_flux
 from stages.objectives import flow, parts
 from stages.objectives.levels import LevelShares, shuffled
+from stages.objectives.path import Straight
 from stages.objectives.pyramid import block_noise, ends, enlarge, jump, noise_at, sample_pyramid, sampling_noise, shrink, split, within
 from stages.objectives.windows import METADATA_KEY, Windows, check_size, of_file, read, write
 from stages.pyramid_pipeline import PyramidFluxPipeline, _positions
@@ -206,7 +207,7 @@ def test_one_level_is_the_straight_flow_bit_for_bit(loss: str) -> None:
             t = seen(flow.Density(kind, 0.0, 1.0, 1.88).t(flow.quantiles(3, range(64))))  # type: ignore[arg-type]
             r = flow.Density(kind, 0.0, 1.0, 1.88).t(flow.quantiles(3, range(64)))  # type: ignore[arg-type]
             (part,) = split(x, e, [0] * 64, r, Windows(1), patch=2, loss=loss, seen=seen)  # type: ignore[arg-type]
-            whole = parts.straight(x, e, t)
+            whole = parts.whole(Straight(), x, e, t)
             for one, other in (
                 (part.rows, whole.rows),
                 (part.noised, flow.blend(x, e, t)),
@@ -217,8 +218,9 @@ def test_one_level_is_the_straight_flow_bit_for_bit(loss: str) -> None:
             ):
                 assert torch.equal(one, other)
             assert part.scale == whole.scale == 1.0
-            assert torch.equal(parts.losses(x, part), flow.losses(x, x, e))
-            assert torch.equal(parts.losses(x, whole), flow.losses(x, x, e))
+            wanted = (x - (e - x)).square().flatten(1).mean(dim=1)
+            assert torch.equal(parts.losses(x, part), wanted)
+            assert torch.equal(parts.losses(x, whole), wanted)
 
 
 def test_parts_hold_each_image_once_at_its_own_level_size_and_noise() -> None:

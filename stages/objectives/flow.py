@@ -95,8 +95,3 @@ def blend(x: Tensor, e: Tensor, t: Tensor) -> Tensor:
     """x_t for x, e [B, C, h, w] (of clips [B, C, F, h, w]) and t [B], all float32."""
     weight = t.view(-1, *(1,) * (x.ndim - 1))
     return (1 - weight) * x + weight * e
-
-
-def losses(predicted: Tensor, x: Tensor, e: Tensor) -> Tensor:
-    """Mean squared error of the velocity for each image, float32 [B]."""
-    return (predicted.float() - (e - x)).square().flatten(1).mean(dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.objectives import flow
+from stages.objectives.path import Path
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Part:
         return Part(self.rows[chosen], self.noised[own], self.t[own], self.target[own], self.weight[own], self.scale, places, has_references)
 
 
-def straight(x: Tensor, e: Tensor, t: Tensor) -> Part:
-    """The straight flow's one part: all images, at full size. x, e: float32 [B, C, h, w]; t: float32 [B], on their device."""
-    return Part(torch.arange(len(x)), flow.blend(x, e, t), t, e - x, torch.ones_like(t), 1.0)
+def whole(path: Path, x: Tensor, e: Tensor, t: Tensor) -> Part:
+    """All images at full size, as one part, by the model's own path. x, e: float32 [B, C, h, w]; t: float32 [B], on their device."""
+    return Part(torch.arange(len(x)), path.blend(x, e, t), t, path.target(x, e, t), torch.ones_like(t), 1.0)
 
 
 def errors(predicted: Tensor, part: Part) -> Tensor:

@@ -117,12 +117,6 @@ class Diffusion:
         return self.snr(t) if self.predicts == "epsilon" else s.square().reciprocal()
 
 
-def losses(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared error of each image, float32 [B]. weights: of each place, float32 [B, 1, h, w]."""
-    error = (predicted.float() - target).square()
-    return (error if weights is None else error * weights).flatten(1).mean(dim=1)
-
-
 def diffusion_of(betas: Sequence[float], predicts: Literal["epsilon", "v_prediction"]) -> Diffusion:
     """The process of a table of betas, the least noise first."""
     return Diffusion(tuple(torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0).tolist()), predicts)
