@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -30,6 +31,8 @@ from stages.plan import Plan, Stage
 from stages.problems import PlanError, RowsError, RunError
 from stages.reader import ReadPlan, read_plan
 from stages.resolved import resolved_plan, resolved_rate
+
+FIRST_SPEAKS = 3.0  # seconds that the first process and the launcher have, before another one says what the first one may have found too
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
     from stages.checkpoint import Checkpoint
@@ -79,15 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return 0 if verify_cache(read.plan, Console()) else 1
         return launch(read.plan, out=given.out, until=given.until, trace=given.trace)
-    except PlanError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, RowsError):  # of all others every process finds the same
-            print(error if rank == "0" else f"process {rank}: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"failed: {error}" if rank == "0" else f"process {rank} failed: {error}", file=sys.stderr)
-        return 1
+    except (PlanError, RunError) as error:
+        say_failure(error)
+        return 2 if isinstance(error, PlanError) else 1
+
+
+def say_failure(error: PlanError | RunError) -> None:
+    """Print why this process ends. What every process may have found is said by the first one; another has it said after a while, if its launcher has not ended it by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not isinstance(error, RowsError):
+        time.sleep(FIRST_SPEAKS)
+    who = " ".join(filter(None, ("" if rank == "0" else f"process {rank}", "failed" if isinstance(error, RunError) else "")))
+    print(f"{who}: {error}" if who else error, file=sys.stderr, flush=True)
 
 
 def checked(path: str | Path, settings: Sequence[str] = ()) -> ReadPlan:
@@ -131,9 +137,10 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
     quiet_libraries()
     from stages.dry_step import dry_steps
     from stages.finish import finish
+    from stages.memory import lasting
     from stages.open_run import open_run
 
-    with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run:
+    with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run, lasting():
         dry_steps(run)
         for index, stage in enumerate(run.plan.stages):
             last = run.finished(index) or train_stage(run, index, stage)
@@ -151,69 +158,63 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
 
 def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
-    import torch
-
     from stages.finish_leg import finish_leg
-    from stages.objectives.parts import errors
-    from stages.objectives.parts import losses as weighted
+    from stages.objectives.parts import errors_and_losses
     from stages.open_leg import open_leg
     from stages.precision import Multiplied
 
     rate = resolved_rate(stage)
     leg = open_leg(run, index, stage)
-    mixture, family, precision = leg.mixture, run.family, leg.precision
-    device, processes = run.accelerator.device, run.accelerator.num_processes
-    rank, workers = run.accelerator.process_index, run.plan.workers
-    reading = mixture.batches(leg.step, stage.steps, rank=rank, processes=processes, workers=workers, pin_memory=device.type == "cuda", lanes=leg.lanes.readers)
+    family, training, processes = run.family, leg.training, run.accelerator.num_processes
 
-    with closing(leg.lanes), closing(reading) as batches:
-        while leg.step < stage.steps:
-            learning_rate = leg.learning_rate(rate)
-            for group in leg.optimizer.param_groups:
-                group["lr"] = learning_rate
+    with closing(leg.lanes), closing(leg.stretches()) as stretches:
+        # Mostly there is one stretch, the stage; where shares follow evaluations one ends at each of them, since no row is read before its share is known.
+        for batches, until in stretches:
+            while leg.step < until:
+                learning_rate = leg.learning_rate(rate)
+                for group in training.optimizer.param_groups:
+                    group["lr"] = learning_rate
 
-            is_last = False
-            while not is_last:
-                with leg.waiting():
-                    batch = next(batches)
-                is_last = batch.is_last
-                # Images to latents, prompts to embeddings; noise, noise levels and dropout come from an image's place in the stage, so they outlive any restart.
-                # A part is what the transformer takes in one call: mostly the whole micro-batch, else one level of a pyramid, or those without references.
-                shown, parts = leg.parts(batch)
-                for part in parts:
-                    # Gradients are exchanged between processes with the last part only. The loss is a sum over images divided by the step's
-                    # count over all processes, which DDP's mean over processes asks to be multiplied by their number.
-                    is_last_part = is_last and part is parts[-1]
-                    watch = Multiplied() if leg.multiplied is None else nullcontext()
-                    with leg.dropping(batch, part), nullcontext() if is_last_part else run.accelerator.no_sync(leg.wrapped):
-                        with watch, precision.autocast():
-                            predicted = shown.predict_part(family, leg.wrapped, part)
-                        losses = weighted(predicted, part)
-                        precision.scaler.scale(losses.sum() * (processes / batch.step_images)).backward()
-                    if isinstance(watch, Multiplied):
-                        leg.check_multiplied(watch)
-                    leg.count_part(batch, part, errors(predicted.detach(), part), losses.detach())
-                leg.count(batch)
+                is_last = False
+                while not is_last:
+                    batch, drawn = next(batches)
+                    is_last = batch.is_last
+                    # Images to latents, prompts to embeddings; noise, noise levels and dropout come from an image's place in the stage, so they outlive any restart.
+                    # A part is what the transformer takes in one call: mostly the whole micro-batch, else one level of a pyramid, or those without references.
+                    shown, parts = leg.parts(batch, drawn)
+                    # Where a model is sharded every pass needs every process: one that has fewer parts repeats its last one, which then does not count.
+                    for part, counts, is_last_part in training.paced(parts, is_last):
+                        # Gradients are exchanged between processes with the last part only. The loss is a sum over images divided by the step's
+                        # count over all processes, which the mean over processes, as engines take it, asks to be multiplied by their number.
+                        watch = Multiplied() if leg.multiplied is None else nullcontext()
+                        with leg.dropping(batch, part), nullcontext() if is_last_part else training.held_back():
+                            with watch, leg.precision.autocast():
+                                predicted = shown.predict_part(family, training.wrapped, part)
+                            errors, losses = errors_and_losses(predicted, part)
+                            with batches.meanwhile():  # the next micro-batch is read
+                                training.backward(losses.sum() * (counts * processes / batch.step_images))
+                        if isinstance(watch, Multiplied):
+                            leg.check_multiplied(watch)
+                        if counts:
+                            leg.count_part(batch, part, errors, losses.detach())
+                    leg.count(batch)
 
-            precision.scaler.unscale_(leg.optimizer)
-            leg.check_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(leg.trainable.values(), stage.clip or float("inf"))
-            precision.scaler.step(leg.optimizer)
-            leg.optimizer.zero_grad(set_to_none=True)
-            leg.stepped(made=precision.update_scale())  # fp16 skips a step whose gradients left its range
+                leg.check_gradients()
+                norm, made = training.step(stage.clip)  # fp16 skips a step whose gradients left its range
+                leg.stepped(made)
 
-            # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
-            if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
-                leg.log_step(learning_rate, norm)
-            if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
-                leg.evaluate("during")
-            # A signal is agreed on by all processes; then the step just made is saved and they leave.
-            stopping = run.stop.agreed(run.accelerator)
-            if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
-                leg.save()
-            if stopping and leg.step < stage.steps:
-                run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
-                return None
+                # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
+                if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
+                    leg.log_step(learning_rate, norm)
+                if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
+                    leg.follow(leg.evaluate("during"))
+                # A signal is agreed on by all processes; then the step just made is saved and they leave.
+                stopping = run.stop.agreed(run.accelerator)
+                if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
+                    leg.save()
+                if stopping and leg.step < stage.steps:
+                    run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
+                    return None
 
     return finish_leg(leg)
 

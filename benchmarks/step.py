@@ -214,7 +214,7 @@ def record(plan: Plan, folder: Path) -> Recorded:
         with contextlib.closing(leg.mixture.batches(0, stage.steps, rank=0, processes=1, workers=0, pin_memory=False, lanes=leg.lanes.readers)) as batches:
             for batch in batches:
                 assert batch.is_last  # one micro-batch a step
-                shown, (part,) = leg.parts(batch)
+                shown, (part,) = leg.parts(*leg.draw(batch))
                 assert shown.text.pooled is not None
                 e = flow.noise(shown.x.shape[1:], leg.objective.noise_keys(batch)).to(shown.x.device)
                 inputs.append(Inputs(shown.x, e, part.t, shown.text.embeds, shown.text.pooled))

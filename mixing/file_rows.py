@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mixing.tasks import Cells, Region
 
 _ROWS_AT_ONCE = 16_384  # held as Python objects before they go into Arrow
 _MOST_CHUNKS = 100  # of a table, beside those that it must have: a row is found the slower the more there are
+_MOST_AT_HAND = 4096  # rows, at about a kilobyte each
 _TEXT, _TEXTS = pa.large_string(), pa.large_list(pa.large_string())
 _SCHEMA = pa.schema(
     [("key", _TEXT), ("prompts", _TEXTS), ("target", _TEXT), ("references", _TEXTS), ("region_prompts", _TEXTS), ("masks", _TEXTS)]
@@ -30,10 +31,13 @@ class FileRows:
     root: str
     table: pa.Table
     """key, prompts, target (relative to root), references (a list of them), and region_prompts and masks (lists too, of one length)."""
+    _at_hand: dict[int, tuple[str, Cells]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Rows that were asked for: to take one out of Arrow takes as long as to read a small file."""
 
     def key(self, index: int) -> str:
         """The target's path relative to the source's folder; the second row with the same target has `#2` behind it."""
-        return str(self.table["key"][index].as_py())
+        known = self._at_hand.get(index)
+        return known[0] if known is not None else str(self.table["key"][index].as_py())
 
     def keys(self, indices: NDArray[Any]) -> list[str]:
         """The keys of many rows."""
@@ -42,11 +46,17 @@ class FileRows:
 
     def cells(self, index: int) -> Cells:
         """What the row holds."""
-        row = {name: self.table[name][index].as_py() for name in _SCHEMA.names[1:]}
+        if (known := self._at_hand.get(index)) is not None:
+            return known[1]
+        (row,) = self.table.slice(index, 1).to_pylist()
         references = tuple(Path(self.root, name) for name in row["references"])
         masks = (Path(self.root, name) for name in row["masks"])
         regions = tuple(map(Region, row["region_prompts"], masks))
-        return Cells(tuple(row["prompts"]), Path(self.root, row["target"]), references, regions)
+        if len(self._at_hand) >= _MOST_AT_HAND:
+            self._at_hand.clear()
+        found = Cells(tuple(row["prompts"]), Path(self.root, row["target"]), references, regions)
+        self._at_hand[index] = row["key"], found
+        return found
 
     def saved(self) -> Mapping[str, Stored]:
         """The table."""

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mixing.bad_rows import BadRow, UnreadableRow
@@ -21,11 +21,11 @@ from mixing.buckets import Signature
 from mixing.captions import caption, entity_captions
 from mixing.cells import Level, Micro, cells
 from mixing.keys import key
-from mixing.order import Budget, Drawn, Order
+from mixing.order import Budget, Order
 from mixing.reading import Images, Latents, Mask, Regions, Seen, gathered, gathered_regions, read_masks, read_row
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages, read_by, share_out
-from mixing.shares import Mix, Ramp, ramp_steps
+from mixing.shares import Changing, Mix, Ramp, mix_steps
 from mixing.tasks import Cells
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class StageMixture(Dataset[list[_Read]]):
         self,
         selections: Mapping[str, Selection],
         *,
-        mix: Mix | Ramp,
+        mix: Mix | Ramp | Changing,
         seed: int,
         stage: str,
         levels: Sequence[Level],
@@ -113,15 +113,16 @@ class StageMixture(Dataset[list[_Read]]):
     ) -> None:
         self.selections = dict(selections)
         self.seed, self.levels, self.budget, self.latents = seed, tuple(levels), budget, latents
-        parts = ramp_steps(mix, {name: selection.size for name, selection in selections.items()}, budget.steps, {name: selection.counted for name, selection in selections.items()})
-        average = {name: float(sum(part[name] for _, part in parts)) for name in parts[0][1]}
+        parts = mix_steps(mix, {name: selection.size for name, selection in selections.items()}, budget.steps, {name: selection.counted for name, selection in selections.items()})
+        is_changing = isinstance(mix, Changing)
+        average = {name: float(sum(part[name] for _, part in (parts[:1] if is_changing else parts))) for name in parts[0][1]}
         made = cells(selections, average, levels, micro, tokens_of, budget, drawn_before)
         whole: dict[str, Fraction] = {}
         for cell, _, _ in made:
             whole[cell.source] = whole.get(cell.source, Fraction(0)) + cell.weight
         within = [cell.weight / whole[cell.source] for cell, _, _ in made]
         segments = [(first, [part[cell.source] * own for (cell, _, _), own in zip(made, within, strict=True)]) for first, part in parts]
-        self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, segments)
+        self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, segments, grows=is_changing)
         self.signatures = tuple(signature for _, _, signature in made)
         """Of each cell."""
         self.asked = self.order.asked(budget.steps)
@@ -193,7 +194,9 @@ class StageMixture(Dataset[list[_Read]]):
         images = tuple(gathered(size, role) for size, role in zip(sizes, zip(*(row.images for row in rows), strict=True), strict=True))
         regions = gathered_regions([row.entity_prompts for row in rows], [row.masks for row in rows])
         keys, prompts = tuple(row.key for row in rows), tuple(row.prompt for row in rows)
-        return _Read(replace(request, given=()), keys, prompts, images, tuple(bad), regions=regions)  # what a stream gave need not go back through a worker's pipe
+        # What a stream gave need not go back through a worker's pipe.
+        request = replace(request, given=()) if any(request.given) else request
+        return _Read(request, keys, prompts, images, tuple(bad), regions=regions)
 
     def _instead(self, number: int, draw: int, attempt: int) -> int:
         """Another row of the group of a draw whose own row cannot be decoded. attempt: 1 is the first."""
@@ -268,28 +271,14 @@ class StageMixture(Dataset[list[_Read]]):
     def batches(
         self, first_step: int, last_step: int, *, rank: int, processes: int, workers: int, pin_memory: bool, lanes: Mapping[str, LaneReader] | None = None
     ) -> Generator[MicroBatch, None, None]:
-        """This process's micro-batches of steps first_step ... last_step - 1, in order, read ahead by worker processes.
+        """This process's micro-batches of steps first_step ... last_step - 1, in order, read ahead by worker processes; with none, read when they are asked for.
 
         There is no state: to resume, ask for the step at which training stands. lanes: an open reader of this process's lanes of each stream.
         Close it (`contextlib.closing`), and the workers are gone.
         """
         requests = _Requests(self, first_step, last_step, rank, processes, lanes or {})
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=requests,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            generator=torch.Generator(),
-        )
-        iterator = iter(loader)
         with ExitStack() as leaving:
-            # An exception's traceback would keep the iterator, and with it the workers, until the interpreter's exit waits for them (torch 2.13).
-            if workers:
-                leaving.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
-            for message in iterator:
+            for message in self._read_by(requests, workers, leaving) if workers else map(self.__getitem__, requests):
                 for read in message:
                     spares = {position: iter(requests.spares.pop(position, ())) for position in read.request.positions}
                     if read.broken:
@@ -299,6 +288,23 @@ class StageMixture(Dataset[list[_Read]]):
                         raise TooManyBadRows(f"source '{last.source}': {_ATTEMPTS} rows tried in the place of one and none could be read; the last: {last.key}: {last.reason}")
                     batch = self._micro_batch(read)
                     yield batch.pin_memory() if pin_memory else batch
+
+    def _read_by(self, requests: _Requests, workers: int, leaving: ExitStack) -> Iterator[list[_Read]]:
+        """What worker processes read, in order. leaving: at its end they are gone."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=4,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            generator=torch.Generator(),
+        )
+        iterator: Iterator[list[_Read]] = iter(loader)
+        # An exception's traceback would keep the iterator, and with it the workers, until the interpreter's exit waits for them (torch 2.13).
+        leaving.callback(iterator._shutdown_workers)  # type: ignore[attr-defined]
+        return iterator
 
     def as_dataset(self, steps: int) -> datasets.IterableDataset:
         """The first steps as a `datasets.IterableDataset` of rows, in the order of training and as training sees them: to look at, map or export.
@@ -338,44 +344,40 @@ class _Requests(Sampler[tuple[_Request, ...]]):
         self.mixture, self.first, self.last, self.rank, self.processes, self.lanes = mixture, first, last, rank, processes, lanes
         self.spares: dict[int, tuple[tuple[str, Cells], ...]] = {}
         """Of each position that a stream's row was asked for: what can stand in for it. They stay in this process."""
+        self._lanes = {name: selection.stream.num_lanes for name, selection in mixture.streams.items() if selection.stream}
 
     def __iter__(self) -> Iterator[tuple[_Request, ...]]:
         for start in range(self.first, self.last, _SAMPLED_AT_ONCE):
             drawn = self.mixture.order.steps(start, min(_SAMPLED_AT_ONCE, self.last - start))
             rows = self.mixture.order.rows(drawn, self.mixture.seed)
-            for offset in range(len(drawn.starts) - 1):
-                yield from self._messages(list(self._step(drawn, rows, offset)))
+            images = list(zip(*(part.tolist() for part in (drawn.micro, drawn.cell, drawn.draw, rows)), strict=True))
+            starts = drawn.starts.tolist()
+            for offset, (begin, end) in enumerate(pairwise(starts)):
+                yield from self._messages(list(self._step(start + offset, drawn.first_position + begin, images[begin:end])))
 
-    def _step(self, drawn: Drawn, rows: NDArray[np.int64], offset: int) -> Iterator[_Request]:
-        order, lanes = self.mixture.order, {name: selection.stream.num_lanes for name, selection in self.mixture.streams.items() if selection.stream}
-        begin, end = int(drawn.starts[offset]), int(drawn.starts[offset + 1])
-        micro, cell, draw, of_group = drawn.micro[begin:end], drawn.cell[begin:end], drawn.draw[begin:end], rows[begin:end]
-        own: NDArray[np.int64] = np.arange(end - begin)
+    def _step(self, step: int, first: int, images: Sequence[tuple[int, int, int, int]]) -> Iterator[_Request]:
+        """A step's requests. first: the position of its first image. images: of each its micro-batch, cell, draw, and row of its group."""
+        cells, lanes = self.mixture.order.cells, self._lanes
+        own: Sequence[int] = range(len(images))
         if self.processes > 1:
-            tokens = np.asarray([order.cells[i].tokens for i in cell.tolist()])
-            owner = np.asarray([int(d) % lanes[order.cells[i].source] % self.processes if order.cells[i].source in lanes else -1 for i, d in zip(cell.tolist(), draw.tolist(), strict=True)])
-            own = share_out(tokens, owner, self.processes)[self.rank]
+            tokens = np.asarray([cells[cell].tokens for _, cell, _, _ in images])
+            owner = np.asarray([draw % lanes[cells[cell].source] % self.processes if cells[cell].source in lanes else -1 for _, cell, draw, _ in images])
+            own = share_out(tokens, owner, self.processes)[self.rank].tolist()
         given: dict[int, tuple[str, Cells, int]] = {}
         if lanes:  # a lane gives its rows in the order of their numbers
-            for place in sorted(own.tolist(), key=lambda place: int(draw[place])):
-                if (name := order.cells[int(cell[place])].source) in lanes:
-                    row = self.lanes[name].draw(int(draw[place]))
+            for place in sorted(own, key=lambda place: images[place][2]):
+                _, cell, draw, _ = images[place]
+                if (name := cells[cell].source) in lanes:
+                    row = self.lanes[name].draw(draw)
                     given[place] = (row.key, row.cells, row.epoch)
-                    self.spares[drawn.first_position + begin + place] = row.instead
-        numbers = np.unique(micro[own]).tolist()
-        for number in numbers:
-            places = own[micro[own] == number].tolist()
-            yield _Request(
-                drawn.first_step + offset,
-                number,
-                end - begin,
-                number == numbers[-1],
-                tuple(drawn.first_position + begin + place for place in places),
-                tuple(cell[places].tolist()),
-                tuple(draw[places].tolist()),
-                tuple(of_group[places].tolist()),
-                tuple(given.get(place) for place in places),
-            )
+                    self.spares[first + place] = row.instead
+        places: dict[int, list[int]] = {}
+        for place in own:
+            places.setdefault(images[place][0], []).append(place)
+        for number, among in sorted(places.items()):
+            _, cell_of, draws, of_group = zip(*(images[place] for place in among), strict=True)
+            is_last = number == max(places)
+            yield _Request(step, number, len(images), is_last, tuple(first + place for place in among), cell_of, draws, of_group, tuple(given.get(place) for place in among))
 
     def _messages(self, requests: Sequence[_Request]) -> Iterator[tuple[_Request, ...]]:
         """A step's requests, together while they are small: handing over costs a millisecond, however little."""

@@ -110,11 +110,12 @@ class Order:
     """The order of one stage.
 
     seed, stage: what the order inside a step is keyed by. segments: the cells' weights from a step on, in the order of `cells`, where they change on
-    the way; the first begins at step 0. Left out: the cells' own weights throughout. For every source, images drawn and images asked for differ at
-    the end of every step by at most `off[source]`: less than 2 where all cells have one signature and a step is whole micro-batches.
+    the way; the first begins at step 0. Left out: the cells' own weights throughout. grows: whether segments may come later, so that what stands in
+    front of one must not depend on it. For every source, images drawn and images asked for differ at the end of every step by at most `off[source]`:
+    less than 2 where all cells have one signature and a step is whole micro-batches.
     """
 
-    def __init__(self, seed: int, stage: str, cells: Sequence[Cell], budget: Budget, segments: Sequence[tuple[int, Sequence[Fraction]]] = ()) -> None:
+    def __init__(self, seed: int, stage: str, cells: Sequence[Cell], budget: Budget, segments: Sequence[tuple[int, Sequence[Fraction]]] = (), *, grows: bool = False) -> None:
         assert cells
         assert min(min(cell.rows, cell.micro, cell.tokens) for cell in cells) > 0
         self.cells, self.budget = tuple(cells), budget
@@ -127,19 +128,19 @@ class Order:
         self._drawn_before = np.zeros(len(numbers), dtype=np.int64)
         self._drawn_before[self._group_of] = [cell.drawn_before for cell in cells]
         self._segments: list[_Segment] = []
-        self._lay_out([(first, list(weights)) for first, weights in segments] or [(0, [cell.weight for cell in cells])])
+        self._lay_out([(first, list(weights)) for first, weights in segments] or [(0, [cell.weight for cell in cells])], grows=grows)
 
-    def _lay_out(self, asked: Sequence[tuple[int, Sequence[Fraction]]]) -> None:
+    def _lay_out(self, asked: Sequence[tuple[int, Sequence[Fraction]]], *, grows: bool) -> None:
         """Segment after segment: what one has given too much or too little the next one makes good, so that errors do not add up."""
         assert asked[0][0] == 0
         shares = [[weight / sum(weights) for weight in weights] for _, weights in asked]
-        mean = [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
+        mean = shares[0] if grows else [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
         # Sources share micro-batches, or each has its own: whichever keeps the shares closer. With one signature that is sharing them. A level may be off
         # by a few images more than a source, for nothing else is told by its share.
         tried = [_Trees(self.cells, mean, self.budget, how) for how in ("together", "sources apart", "levels apart")]
         trees = min(tried, key=lambda trees: max(trees.off.values()) + max(trees.levels_off.values()) / 4)
         self._names, self._members, self._micro, self._units = trees.names, trees.members, trees.micro, trees.units
-        self.off = {name: off * (2 if len(asked) > 1 else 1) for name, off in trees.off.items()}
+        self.off = {name: off * (3 if grows else 2 if len(asked) > 1 else 1) for name, off in trees.off.items()}
         size = self._micro * self._units
         self._reach = int(min(4, max(1, min(self.budget.first, self.budget.last) // size.max() - 1))) if self.budget.unit == "tokens" else 1
         units = self._units[trees.number_of]

@@ -71,7 +71,10 @@ class Latents(Protocol):
         """What the latents of an image are known by. content: `content_hash` of its file. transform: what was done to its pixels."""
 
     def get(self, key: bytes) -> NDArray[np.float32] | None:
-        """The latents, or None."""
+        """The latents, or None; they are not to be changed."""
+
+    def hash_of(self, path: Path) -> tuple[bytes, bytes | None]:
+        """`content_hash` of a file, and what it holds if it was read for that (`mixing.file_hashes`). Raises OSError."""
 
     @property
     def of_references(self) -> bool:
@@ -194,10 +197,15 @@ def _mask(pixels: Pixels, of_target: Size, size: Size, view: View) -> Mask:
 def _read(pixels: Pixels, size: Size, view: View, latents: Latents | None) -> Seen:
     if latents is None:
         return Seen(_fitted(pixels, size, view), None, None)
-    content = pixels.read_bytes() if isinstance(pixels, Path) else pixels
-    known_by = latents.key(content_hash(content), f"{size[1]}x{size[0]} at {view.x:.17g},{view.y:.17g}{' flipped' if view.is_flipped else ''} v1")
+    hashed, content = latents.hash_of(pixels) if isinstance(pixels, Path) else (content_hash(pixels), pixels)
+    known_by = latents.key(hashed, f"{size[1]}x{size[0]} at {view.x:.17g},{view.y:.17g}{' flipped' if view.is_flipped else ''} v1")
     found = latents.get(known_by)
-    return Seen(_fitted(content, size, view) if found is None else None, found, known_by)
+    if found is None and content is None:
+        assert isinstance(pixels, Path)
+        content = pixels.read_bytes()
+        if content_hash(content) != hashed:  # it has changed this very moment
+            return _read(content, size, view, latents)
+    return Seen(_fitted(content, size, view) if found is None and content is not None else None, found, known_by)
 
 
 def _fitted(pixels: Pixels, size: Size, view: View) -> Picture:
@@ -212,6 +220,14 @@ def gathered_regions(prompts: Sequence[Sequence[str]], masks: Sequence[Sequence[
     return tuple(Regions(texts, torch.from_numpy(np.stack(of_one))) for texts, of_one in pairs)
 
 
+def _stacked(latents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """As `np.stack`, of which few small arrays take five times as long."""
+    together = np.empty((len(latents), *latents[0].shape), dtype=np.float32)
+    for place, own in enumerate(latents):
+        together[place] = own
+    return together
+
+
 def gathered(size: Size, seen: Sequence[Seen]) -> Images:
     """The images of one role of a micro-batch."""
     pixels = [each.pixels for each in seen if each.pixels is not None]
@@ -219,7 +235,7 @@ def gathered(size: Size, seen: Sequence[Seen]) -> Images:
     return Images(
         size,
         torch.from_numpy(np.stack(pixels)) if pixels else torch.empty((0, *size, 3), dtype=torch.uint8),
-        torch.from_numpy(np.stack(ready)) if ready else None,
+        torch.from_numpy(_stacked(ready)) if ready else None,
         tuple(each.latents is not None for each in seen),
         tuple(each.key for each in seen),
     )

@@ -33,6 +33,18 @@ class Ramp:
     """The mix of the last step."""
 
 
+@dataclass(frozen=True)
+class Changing:
+    """Shares that may be changed each so many steps, by what was measured."""
+
+    begins: Mix
+    """The mix of the first step."""
+    every: int
+    """After how many steps, each time."""
+    changes: Mapping[int, Mapping[str, Fraction]]
+    """From which step on, a multiple of `every`, which shares of the same sources; they add up to 1."""
+
+
 SEGMENTS = 100
 """A ramp has so many steps of its own, at most; inside each the shares stay."""
 
@@ -68,11 +80,18 @@ def shares(mix: Mix, sizes: Mapping[str, int]) -> dict[str, float]:
     return {name: float(weight / total) for name, weight in asked.items()}
 
 
-def ramp_steps(mix: Mix | Ramp, sizes: Mapping[str, int], steps: int, counted: Mapping[str, int] | None = None) -> list[tuple[int, dict[str, Fraction]]]:
+def mix_steps(mix: Mix | Ramp | Changing, sizes: Mapping[str, int], steps: int, counted: Mapping[str, int] | None = None) -> list[tuple[int, dict[str, Fraction]]]:
     """From which step on which shares are asked for, adding up to 1, of the sources that are drawn at some time; one entry for a mix that stays.
 
     The shares of a segment are the mean of the ramp over its steps, so that their sum over the stage is the ramp's own. Errors as `weights`.
     """
+    if isinstance(mix, Changing):
+        begins = _normalised(weights(mix.begins, sizes, counted))
+        # At every multiple, whether anything changes there or not: what comes later must not move what comes before.
+        parts = [(0, begins)]
+        for step in range(mix.every, steps, mix.every):
+            parts.append((step, {name: mix.changes[step][name] for name in begins} if step in mix.changes else parts[-1][1]))
+        return parts
     if not isinstance(mix, Ramp):
         return [(0, _normalised(weights(mix, sizes, counted)))]
     first, last = (_normalised(weights(end, sizes, counted)) for end in (mix.first, mix.last))

@@ -158,7 +158,7 @@ def to_example(key: str, cells: Cells) -> Example:
 
 def without_placeholders(prompt: str) -> str:
     """The prompt with `image 1` where `<img><|image_1|></img>` stood, for models to which the placeholder means nothing."""
-    return _PLACEHOLDER.sub(r"image \1", prompt)
+    return _PLACEHOLDER.sub(r"image \1", prompt) if "<|" in prompt else prompt
 
 
 def _called(role: str, pixels: Pixels) -> str:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from mixing.where import WhereError, parse
 from stages.check_adapters import adapter_problems
+from stages.check_computing import computing_problems
 from stages.check_model import model_notes, model_problems
 from stages.check_objectives import objective_problems
 from stages.check_optimizers import optimizer_problems
 from stages.check_sources import source_notes, source_problems
 from stages.placed import target_of
-from stages.plan import Batch, Change, LearningRate, MicroTokens, MixRamp, Stage
+from stages.plan import Batch, Change, LearningRate, MicroTokens, MixAdaptive, MixRamp, Stage
 from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
-from stages.resolved import quantised
+from stages.resolved import quantised, still_mixes
 from stages.unheeded import unheeded
 
 __all__ = ["check_plan", "plan_notes"]
@@ -30,7 +31,7 @@ def check_plan(read: ReadPlan, root: Path) -> list[Problem]:
     root: the folder that relative paths start from. Looks at names, headers and first rows of what lies there, never at the network.
     """
     problems: list[Problem] = []
-    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems, optimizer_problems):
+    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems, optimizer_problems, computing_problems):
         problems += check(read)
     problems += source_problems(read, root)
     problems += model_problems(read, root)
@@ -65,7 +66,7 @@ def _unheeded(read: ReadPlan) -> Iterator[Problem]:
             yield _at_name(read, location, reason)
 
 
-_WORDS_OF_MIX = ("power", "from", "to")
+_WORDS_OF_MIX = ("power", "from", "to", "adaptive")
 
 
 def _mixes(read: ReadPlan) -> Iterator[Problem]:
@@ -75,7 +76,8 @@ def _mixes(read: ReadPlan) -> Iterator[Problem]:
             yield _at_name(read, ("sources", word), f"'{word}' is a word of `mix`; give the source another name")
     for index, stage in enumerate(read.plan.stages):
         location: Location = ("stages", index, "mix")
-        ends = {"": stage.mix} if not isinstance(stage.mix, MixRamp) else {"from": stage.mix.first, "to": stage.mix.last}
+        names = ("from", "to") if isinstance(stage.mix, MixRamp) else ("adaptive",) if isinstance(stage.mix, MixAdaptive) else ("",)
+        ends = dict(zip(names, still_mixes(stage), strict=True))
         for end, mix in ends.items():
             yield from _mix(read, (*location, end) if end else location, mix)
         if isinstance(stage.mix, MixRamp):
@@ -83,9 +85,41 @@ def _mixes(read: ReadPlan) -> Iterator[Problem]:
                 yield _at_value(read, location, "from and to are the same mix; write it once")
             if stage.steps == 1:
                 yield _at_value(read, location, "the stage has one step, in which nothing can change; write one mix")
+        if isinstance(stage.mix, MixAdaptive):
+            yield from _adaptive(read, location, stage, stage.mix)
         unknown = [name for name, source in sources.items() if source.stream and source.rows is None and not all(isinstance(mix, Mapping) for mix in ends.values())]
         for name in unknown:
             yield _at_value(read, location, f"a mix by size needs to know how many rows the stream '{name}' has; give sources.{name}.rows, or shares by name")
+
+
+def _adaptive(read: ReadPlan, location: Location, stage: Stage, mix: MixAdaptive) -> Iterator[Problem]:
+    """Why shares could not follow what is measured."""
+    every = read.plan.evaluate.every
+    if not every:
+        yield _at_value(read, location, "shares follow the evaluations inside a stage, and evaluate.every is not given; set it, to a tenth of the stage's steps, say")
+    elif every >= stage.steps:
+        yield _at_value(read, location, f"evaluate.every is {every:,}, and the stage has {stage.steps:,} steps, so that no evaluation stands inside it; make it smaller")
+    elif mix.follows == "progress" and (stage.steps - 1) // every <= mix.lookback:
+        inside = (stage.steps - 1) // every
+        yield _at_value(read, location, f"{inside} evaluations stand inside the stage, and `lookback: {mix.lookback}` needs {mix.lookback + 1} before anything changes; make evaluate.every or lookback smaller")
+    if not read.plan.evaluate.rows:
+        yield _at_value(read, location, "shares follow held-out losses, and evaluate.rows is 0; hold rows out, 64 say")
+    if mix.band == 1:
+        yield _at_value(read, location, "band: 1 lets no share move; write a larger one, or the mix itself")
+    if mix.floor >= mix.ceiling:
+        yield _at_value(read, location, f"floor {mix.floor:g} is not below ceiling {mix.ceiling:g}")
+    if mix.follows == "progress" and mix.targets is not None:
+        yield _at_value(read, (*location, "targets"), "only `follows: balance` compares with targets; remove them, or write that")
+    if mix.follows == "balance":
+        drawn = [name for name in read.plan.sources if not isinstance(mix.adaptive, Mapping) or mix.adaptive.get(name)]
+        if missing := [name for name in drawn if name not in (mix.targets or {})]:
+            yield _at_value(read, location, f"`follows: balance` compares each source with the loss that is in reach, and targets has none for {listed(missing)}; without one it would follow the noisiest")
+        for name in mix.targets or {}:
+            if name not in drawn:
+                yield _at_value(read, (*location, "targets", name), f"this mix draws no source {quoted(name)} (it draws: {listed(drawn)}){nearest(name, drawn)}")
+    for field in ("lookback", "tolerance", "epochs") if mix.follows == "balance" else ():
+        if (*location, field) in read.places:
+            yield _at_name(read, (*location, field), "only `follows: progress` heeds it; remove it")
 
 
 def _mix(read: ReadPlan, location: Location, mix: object) -> Iterator[Problem]:
@@ -196,6 +230,9 @@ def _trained(read: ReadPlan) -> Iterator[Problem]:
         if stage.base == "bf16":
             message = "bf16 would round most of what train: full learns away; choose fp32, or leave it out"
             yield _at_value(read, ("stages", index, "base"), message)
+        if stage.offload:
+            message = "weights that are kept off the device stay as they are, and train: full changes them; remove it, or train the adapter"
+            yield _at_value(read, ("stages", index, "offload"), message)
 
 
 def _handoffs(read: ReadPlan) -> Iterator[Problem]:
@@ -251,6 +288,6 @@ def _accuracy(read: ReadPlan) -> Iterator[Problem]:
 
 def _never_drawn(read: ReadPlan) -> Iterator[Problem]:
     for name in read.plan.sources:
-        mixes = [mix for stage in read.plan.stages for mix in ((stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,))]
+        mixes = [mix for stage in read.plan.stages for mix in still_mixes(stage)]
         if all(isinstance(mix, Mapping) and not mix.get(name) for mix in mixes):
             yield _at_name(read, ("sources", name), "no stage draws from this source")

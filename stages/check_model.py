@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.check_computing import attention_problems
 from stages.check_objectives import family_problems, known_problems, precision_notes
 from stages.families.facts import DISTILLED, FAMILIES, KNOWN, PIPELINES, ModelSizes, UnsuitableModel, tasks_of
 from stages.paths import missing, place_of, read_json
@@ -40,6 +41,7 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
         elif (pipeline := KNOWN.get(repo)) is not None:
             yield from _tasks(read, pipeline)
             yield from known_problems(read, PIPELINES[pipeline], pipeline)
+            yield from attention_problems(read, PIPELINES[pipeline])
         return
     if isinstance(read.plan.model, Model) and read.plan.model.revision is not None:
         place = read.name_place("model", "revision")
@@ -63,6 +65,7 @@ def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
                 message = f"{side} is not a multiple of {model.sizes.pixel_multiple}, as {model.pipeline} needs; try {' or '.join(near)}"
                 yield Problem(read.place("stages", index, *location), written(("stages", index, *location)), message)
     yield from family_problems(read, model.family, model.pipeline, model.experts, model.sizes.pixel_multiple)
+    yield from attention_problems(read, model.family)
     yield from _tasks(read, model.pipeline)
 
 

@@ -18,6 +18,8 @@ class Drawing:
 
     def __init__(self) -> None:
         self._keys: Sequence[int] | None = None
+        self.is_used = False
+        """Whether anything is dropped at all."""
 
     @property
     def keys(self) -> Sequence[int] | None:
@@ -73,5 +75,6 @@ def add_dropout(model: nn.Module, placed: Mapping[str, Placed], trainable: Colle
             share = placed[adapter].settings.dropout
             parts = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
             if share > 0 and any(id(part) in training for part in parts):
+                drawing.is_used = True
                 layer.lora_dropout[adapter] = KeyedDropout(share, f"{adapter}:{layer_name}", drawing)
     return drawing

@@ -7,28 +7,25 @@ moment of the run changes.
 from __future__ import annotations
 
 import gc
-import math
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 
 import torch
-from accelerate.utils import gather_object
-from torch import nn
 
 from mixing.batch import MicroBatch
-from mixing.buckets import Signature, Size
 from mixing.keys import key
-from mixing.mixture import StageMixture
 from mixing.reading import Images
 from stages.adapter import TargetError
+from stages.attention import NoSuchAttention, name_attention
 from stages.dropout import add_dropout
 from stages.encode import encode
+from stages.engine import Engine, TorchTraining
 from stages.explain import byte_words
-from stages.families.base import RegionTexts
 from stages.families.family import Family
 from stages.feed import stage_mixture
 from stages.handoff import Baton, build_model
+from stages.largest import Largest, largest_micro_batch, made_up
 from stages.objective import LeftOut, Objective
-from stages.objectives import flow
 from stages.objectives.parts import losses
 from stages.optim import Average, make_optimizer
 from stages.placed import placed_adapters
@@ -45,33 +42,6 @@ _STEPS = 2  # the second one has the optimizer's moments beside its activations
 
 class OutOfMemory(RunError):
     """A stage's largest micro-batch, or its weights alone, do not fit into the device's memory."""
-
-
-@dataclass(frozen=True)
-class Largest:
-    """The micro-batch with the most tokens that one process computes at a time."""
-
-    source: str
-    signature: Signature
-    images: int
-    tokens: int
-    """Of each image."""
-    level: int
-
-    def __str__(self) -> str:
-        images = "1 image" if self.images == 1 else f"{self.images} images"
-        return f"a micro-batch of {images} of source '{self.source}', {self.signature} pixels, {self.tokens:,} tokens each"
-
-
-def largest_micro_batch(mixture: StageMixture, processes: int) -> Largest:
-    """The largest that a stage has. A process has no more images of a step than fall to it where they are shared out evenly."""
-    budget = mixture.budget
-    found = []
-    for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True):
-        step = max(budget.first, budget.last) // (1 if budget.unit == "images" else cell.tokens)
-        images = min(cell.micro, math.ceil(step / processes))
-        found.append(Largest(cell.source, signature, images, cell.tokens, cell.level))
-    return max(found, key=lambda each: (each.images * each.tokens, each.signature.regions))
 
 
 def dry_steps(run: Run) -> None:
@@ -99,16 +69,18 @@ def dry_steps(run: Run) -> None:
         stage, failed = run.plan.stages[index], ""
         peak: int | None = None
         try:
-            peak = dry_step(run.family, run.plan, index, largest, processes)
+            peak = dry_step(run.family, run.plan, index, largest, processes, run.engine if run.engine.is_sharded else None)
         except torch.OutOfMemoryError as error:
             failed = out_of_memory_words(stage, index, largest, str(error).split("\n", 1)[0])
         except TargetError as error:
             raise PlanError.at("", str(error)) from None
+        except NoSuchAttention as error:
+            raise PlanError.at(f"stages[{index}].attention", str(error)) from None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        everywhere: list[str] = gather_object([failed]) if processes > 1 else [failed]
+        everywhere = run.processes.gathered(failed)
         if failed := next(filter(None, everywhere), ""):
             raise OutOfMemory(failed)
         record = {"event": "memory", "stage": stage.name, "step": 0, "kind": "dry_step", "images": largest.images, "shape": str(largest.signature), "tokens": largest.tokens}
@@ -117,45 +89,49 @@ def dry_steps(run: Run) -> None:
         run.log.say(f"[dim]dry step of '{stage.name}': {largest}{took}[/dim]")
 
 
-_TAKES_MEMORY = {"precision", "base", "checkpointing", "train", "optimizer", "ema", "expert", "pyramid", "dropout", "loss"}
+_TAKES_MEMORY = {"precision", "base", "attention", "checkpointing", "offload", "train", "optimizer", "ema", "expert", "pyramid", "dropout", "loss"}
 """Fields of a stage, beside its batch and shapes, that decide how much memory a step takes."""
 
 
-def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes: int) -> int | None:
+def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None = None) -> int | None:
     """Load a stage's model, make its largest micro-batch up, and train on it as the stage would; nothing of it is kept. Gives the peak in bytes on a GPU, else None.
 
     What accelerate keeps for several processes, one more gradient, is set aside; nothing is exchanged, so a process that runs out of memory leaves none waiting.
-    Raises torch.OutOfMemoryError.
+    engine: one that shards the model, which every process then has to do at once; None for none. Raises torch.OutOfMemoryError.
     """
     device = family.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # peft draws the weights of fresh pairs, though others take their place.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        _train(family, plan, index, largest, processes)
+        _train(family, plan, index, largest, processes, engine)
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: int) -> None:
+def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None) -> None:
     stage, device = plan.stages[index], family.device
-    model, trainable = build_model(family, plan, stage, f"stages[{index}]", Baton(None, None, "the dry step"))
+    model, trainable = build_model(family, plan, stage, f"stages[{index}]", Baton(None, None, "the dry step"), engine.loads_on if engine else None)
     drawing = add_dropout(model, placed_adapters(plan, index), trainable.values())
+    name_attention(model, stage.attention)
     recompute(model, stage.checkpointing, device)
     precision, stage_key = StagePrecision(stage.precision, device), key(plan.seed, "dry step", stage.name)
-    optimizer = make_optimizer(trainable, stage.optimizer)
-    beside = [Average(trainable, stage.ema)] if stage.ema is not None else []
-    buckets = [torch.empty_like(parameter) for parameter in trainable.values()] if processes > 1 else []
+    unscaled = StagePrecision("fp32", device)  # a loss scaled up for fp16 may leave its range, and then no step is made
+    make = partial(make_optimizer, settings=stage.optimizer)
+    training = engine.train(model, trainable, make, unscaled if stage.precision == "fp16" else precision) if engine else TorchTraining(model, trainable, make(trainable), unscaled, nullcontext)
+    with training.gathered():
+        beside = [Average(training.trainable, stage.ema)] if stage.ema is not None else []
+    buckets = [torch.empty_like(parameter) for parameter in trainable.values()] if processes > 1 and not engine else []
     batch, shown = _made_up(family, largest, stage_key)
     none = (False,) * largest.images
     for _ in range(_STEPS):
         for part in Objective(family, stage, stage_key, precision.dtype, largest.images).parts(batch, shown, LeftOut(none, none), 0):
             with drawing.of([key(stage_key, "dropout", row) for row in part.rows.tolist()]):
                 with precision.autocast():
-                    predicted = shown.predict_part(family, model, part)
-                losses(predicted, part).sum().backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trainable.values(), stage.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+                    predicted = shown.predict_part(family, training.wrapped, part)
+                training.backward(losses(predicted, part).sum())
+        training.step(stage.clip)
+    if engine:
+        engine.release(model)
     del beside, buckets  # until here they take the memory that they would
 
 
@@ -169,26 +145,11 @@ def _made_up(family: Family, largest: Largest, stage_key: int) -> tuple[MicroBat
     small = encode(family, Images((side, side), torch.zeros(1, side, side, 3, dtype=torch.uint8), None, (False,), (None,)))
     pixels = [torch.zeros(1, 3, height, width) for height, width in signature.references] if family.prompts_see_references else []
     text = family.encode_prompts([" ".join(["word"] * max(1, family.text_tokens))], pixels).rows(torch.zeros(images, dtype=torch.int64, device=family.device))
-
-    def latents(size: Size, word: str) -> torch.Tensor:
-        shape = (small.shape[1], size[0] // family.factor, size[1] // family.factor)
-        return flow.noise(shape, [key(stage_key, word, place) for place in range(images)]).to(family.device)
-
-    x = latents(signature.target, "target")
-    references = tuple(latents(size, f"reference {number}") for number, size in enumerate(signature.references))
-    regions = None
-    if signature.regions:
-        regions = RegionTexts((text,) * signature.regions, torch.ones(images, signature.regions, *signature.target, dtype=torch.bool, device=family.device))
-    unread = [Images(size, torch.empty(0, *size, 3, dtype=torch.uint8), None, (), ()) for size in (signature.target, *signature.references)]
-    names = ("",) * images
-    batch = MicroBatch(
-        0, 0, tuple(range(images)), (largest.source,) * images, names, names, unread[0], tuple(unread[1:]), tokens=largest.tokens, level=largest.level, step_images=images
-    )
-    return batch, Shown(x, text, references, regions)
+    return made_up(family, largest, stage_key, small.shape[1], text)
 
 
 def out_of_memory_words(stage: Stage, index: int, largest: Largest, found: str) -> str:
-    """What happened, and what of the plan takes less memory. found: the library's own first line."""
+    """What happened, and what of the plan takes less memory, what costs the least speed for it first. found: the library's own first line."""
     batch, place = resolved_batch(stage), f"stages[{index}]"
     cures = []
     if largest.images > 1:
@@ -196,13 +157,20 @@ def out_of_memory_words(stage: Stage, index: int, largest: Largest, found: str) 
         if isinstance(batch.images, int):
             smaller = max(size for size in range(1, smaller + 1) if batch.images % size == 0)
         cures.append(f"{place}.batch.micro: {smaller}")
+    if stage.train == "full":
+        if stage.optimizer.name != "adamw8bit":
+            cures.append(f"{place}.optimizer.name: adamw8bit")
+        if stage.ema is not None:
+            cures.append(f"no {place}.ema")
+    elif resolved_storage(stage) == "fp32":
+        cures.append(f"{place}.base: bf16, with precision: bf16")
     if stage.checkpointing != "full":
         cures.append(f"{place}.checkpointing: full")
-    cures.append(f"a {place}.resolution below {stage.resolution}" if isinstance(stage.resolution, int) else f"smaller {place}.resolution")
-    if stage.train != "full" and resolved_storage(stage) == "fp32":
-        cures.append(f"{place}.base: bf16, with precision: bf16")
-    elif stage.train != "full" and resolved_storage(stage) == "bf16":
+    if stage.train != "full" and resolved_storage(stage) == "bf16":
         cures.append(f"{place}.base: nf4")
-    elif stage.train == "full":
+    if stage.train != "full" and not stage.offload:
+        cures.append(f"{place}.offload: true")
+    cures.append(f"a {place}.resolution below {stage.resolution}" if isinstance(stage.resolution, int) else f"smaller {place}.resolution")
+    if stage.train == "full":
         cures.append(f"{place}.train: adapter")
     return f"stage '{stage.name}' does not fit into the device's memory: {largest}, in {stage.precision} over a base in {resolved_storage(stage)}, ran out of it ({found}). Set {', or '.join(cures)}"

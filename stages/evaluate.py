@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from mixing.reading import Latents
 from mixing.selected import Selection
 from stages.checkpoint import write_whole
 from stages.encode import kept_latents
+from stages.engine import ALONE
 from stages.families.family import Family
 from stages.objectives import flow, pyramid
 from stages.objectives.parts import errors, whole
@@ -126,24 +128,27 @@ def evaluate(
     unreadable: Callable[[BadRow], None],
     windows: Windows | None = None,
     t_range: tuple[float, float] = (0.0, 1.0),
+    in_step: AbstractContextManager[None] = ALONE,
 ) -> Measured:
     """Measure every source's held-out rows, shared out among the processes; the same result on each of them, and for any number of them.
 
     windows: the levels of the pyramid that the rows are measured on, its strata being even parts of the whole way; None for the straight way.
-    t_range: the noise levels that they are measured at. unreadable: is told of each of this process's rows that cannot be decoded; they are left out.
+    t_range: the noise levels that they are measured at. unreadable: is told of each of this process's rows that cannot be decoded; they are left out. in_step: what the processes share
+    the rows out in, of `Engine.shared_out`.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     rows: list[tuple[str, str, float, int]] = []
-    for chunk in chunks(selections, shapes, lambda number: number % processes == rank, unreadable, kept_latents(family)):
-        middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
-        if windows is not None:
-            row_losses = level_losses(family, transformer, chunk.batch, middles, windows, precision, seed)
-        else:
-            kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
-            shift = family.shift(family.tokens(*chunk.batch.targets.size))
-            density = flow.Density(kind, shift=shift, low=t_range[0], high=t_range[1])
-            row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
-        rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)
+    with in_step:
+        for chunk in chunks(selections, shapes, lambda number: number % processes == rank, unreadable, kept_latents(family)):
+            middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
+            if windows is not None:
+                row_losses = level_losses(family, transformer, chunk.batch, middles, windows, precision, seed)
+            else:
+                kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
+                shift = family.shift(family.tokens(*chunk.batch.targets.size))
+                density = flow.Density(kind, shift=shift, low=t_range[0], high=t_range[1])
+                row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
+            rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)
     gathered = sorted(gather_object(rows)) if processes > 1 else sorted(rows)
     losses: dict[str, dict[str, float]] = {name: {} for name in selections if len(selections[name].held_out)}
     strata: dict[str, dict[str, int]] = {name: {} for name in losses}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mixing.mixture import StageMixture
 from mixing.selected import Selection
 from stages.feed import Sizes, stage_mixture
 from stages.placed import newest, placed_adapters, target_of
-from stages.plan import LearningRate, MixRamp, Plan, Stage, Storage
+from stages.plan import LearningRate, MixAdaptive, MixRamp, Plan, Stage, Storage
 from stages.problems import PlanError
 from stages.recomputation import recomputation_words, recomputed_every
 from stages.resolved import objective_words, plain_storage, quantised, resolution_words, resolved_rate, resolved_storage, step_words
@@ -50,10 +50,10 @@ class ModelFacts:
 _UNKNOWN = Sizes(16, 0)  # of a model whose configs cannot be had: most ask for multiples of 16 pixels
 
 
-def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts | None, console: Console) -> None:
+def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts | None, console: Console, memory: Callable[[int, StageMixture], str] | None = None) -> None:
     """Print what the plan will do: each stage, and what each source gives in all.
 
-    model: None if nothing is known of it. Raises ValueError if a stage draws from a source without rows, or if an image has more tokens than a
+    model: None if nothing is known of it. memory: what a stage's steps take, in words, by its number from 0 and its mixture; None if only weights are counted. Raises ValueError if a stage draws from a source without rows, or if an image has more tokens than a
     micro-batch or a step may have.
     """
     repo = plan.model if isinstance(plan.model, str) else plan.model.repo
@@ -73,7 +73,7 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
         tokens += mixture.tokens_before(stage.steps)
         console.print()
         _say(console, Text(f"{index + 1}  {stage.name}", style="bold"))
-        _say(console, Padding(_facts(plan, index, mixture, model), (0, 0, 0, 3)))
+        _say(console, Padding(_facts(plan, index, mixture, model, memory), (0, 0, 0, 3)))
         _say(console, Padding(_mix(stage, mixture, images), (0, 0, 0, 3)))
         _say(console, Padding(_buckets(mixture, knows_tokens=model is not None), (0, 0, 0, 3)))
         for warning in _about_steps(mixture) if model else ():
@@ -95,6 +95,8 @@ def explain_run(plan: Plan, console: Console) -> None:
 
     A Hub model whose configs cannot be had is explained without tokens and memory.
     """
+    from stages.estimate import memory_words
+    from stages.families.open import open_family
     from stages.model_facts import model_facts  # imports diffusers
     from stages.open_sources import open_selections
     from stages.prior import planned, priors_made
@@ -104,7 +106,12 @@ def explain_run(plan: Plan, console: Console) -> None:
     missing = [name for name in plan.sources if name not in selections]
     everything = {name: selections[name] if name in selections else planned(plan, name) for name in plan.sources}
     try:
-        explain(plan, everything, model_facts(plan), console)
+        facts = model_facts(plan)
+        if facts is None:
+            explain(plan, everything, None, console)
+        else:
+            family = open_family(plan.model, torch.device("cpu"))
+            explain(plan, everything, facts, console, lambda index, mixture: memory_words(family, plan, index, mixture))
         for name in missing:
             _say(console, Text(f"source {name}: its images are made by the model before training, which takes time too", style="dim"))
         for line in kept(plan, selections):
@@ -117,7 +124,7 @@ def _say(console: Console, what: Text | Padding) -> None:
     console.print(what, width=min(_WIDEST, console.width))
 
 
-def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | None) -> Table:
+def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | None, memory: Callable[[int, StageMixture], str] | None) -> Table:
     stage = plan.stages[index]
     storage, order = resolved_storage(stage), mixture.order
     facts = Table.grid(padding=(0, 2, 0, 0))
@@ -140,7 +147,7 @@ def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | No
     rows["rate"] = rate_words(resolved_rate(stage), stage.steps)
     if model:
         size = byte_words(stage_bytes(index, stage, model))
-        rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top"
+        rows["memory"] = f"{size}: weights, gradients and optimizer; activations come on top" if memory is None else memory(index, mixture)
         if again := recomputation_words(recomputed_every(stage.checkpointing, model.parameters, torch.device("cuda"))):
             rows["activations"] = f"those of {again} are computed again for the gradient" + (", on a GPU" if stage.checkpointing == "auto" else "")
         rows["work"] = work_words(stage, model, mixture.tokens_before(stage.steps))
@@ -225,6 +232,8 @@ def _mix(stage: Stage, mixture: StageMixture, images: Mapping[str, int]) -> Tabl
         heading = "shares as given"
     elif isinstance(stage.mix, MixRamp):
         heading = "changing over the stage"
+    elif isinstance(stage.mix, MixAdaptive):
+        heading = f"to begin with; then within a factor of {stage.mix.band:g}, as held-out losses say ({stage.mix.follows})"
     else:
         heading = f"by size to the power {stage.mix.power:g}"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

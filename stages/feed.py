@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import MappingProxyType
 from typing import Literal
 
 from mixing.buckets import Shapes, Signature
@@ -12,9 +14,13 @@ from mixing.mixture import StageMixture
 from mixing.order import Budget
 from mixing.reading import Latents
 from mixing.selected import Selection
-from mixing.shares import Mix, Ramp
-from stages.plan import Change, MicroTokens, MixRamp, Stage
+from mixing.shares import Changing, Mix, Ramp
+from stages.plan import Change, MicroTokens, MixAdaptive, MixRamp, Stage
 from stages.resolved import level_shares, main_resolution, resolved_batch, resolved_levels
+
+Changes = Mapping[int, Mapping[str, Fraction]]
+"""From which step on which shares."""
+_NO_CHANGES: Changes = MappingProxyType({})
 
 # Where the plan does not say, a micro-batch has at most so many images, or as many tokens as so many of the largest ...
 _MICRO = 4
@@ -86,8 +92,10 @@ def budget_of(stage: Stage, sizes: Sizes | None = None) -> Budget:
     return Budget(unit, first, last if stage.steps > 1 else first, stage.steps)
 
 
-def mix_of(stage: Stage) -> Mix | Ramp:
-    """The shares."""
+def mix_of(stage: Stage, changes: Changes = _NO_CHANGES, every: int = 0) -> Mix | Ramp | Changing:
+    """The shares. changes, every: of an adaptive mix, what was changed so far, and after how many steps it can be; with 0 it stays what it begins with."""
+    if isinstance(stage.mix, MixAdaptive):
+        return Changing(stage.mix.adaptive, every or stage.steps, changes)
     return Ramp(stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else stage.mix
 
 
@@ -106,13 +114,21 @@ def micro_of(stage: Stage, selections: Mapping[str, Selection], sizes: Sizes) ->
 
 
 def stage_mixture(
-    stage: Stage, selections: Mapping[str, Selection], sizes: Sizes, *, seed: int, drawn_before: Mapping[tuple[str, str], int], latents: Latents | None = None
+    stage: Stage,
+    selections: Mapping[str, Selection],
+    sizes: Sizes,
+    *,
+    seed: int,
+    drawn_before: Mapping[tuple[str, str], int],
+    latents: Latents | None = None,
+    changes: Changes = _NO_CHANGES,
+    every: int = 0,
 ) -> StageMixture:
-    """A stage's mixture. sizes: the model's. Raises ValueError where the mix draws nothing, or an image has more tokens than a micro-batch or a step may have."""
+    """A stage's mixture. sizes: the model's. changes, every: as of `mix_of`. Raises ValueError where the mix draws nothing, or an image has more tokens than a micro-batch or a step may have."""
     of_stage = sizes_at(stage, sizes)
     return StageMixture(
         selections,
-        mix=mix_of(stage),
+        mix=mix_of(stage, changes, every),
         seed=seed,
         stage=stage.name,
         levels=[Level(shapes_at(stage, level.pixels, sizes.multiple), level.share) for level in resolved_levels(stage)],

@@ -63,7 +63,7 @@ def finish(run: Run) -> None:
             run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
         report = write_report(run.folder)
         run.log.say(f"report: {report}")
-    run.accelerator.wait_for_everyone()
+    run.processes.wait()
 
 
 def _last_stages(plan: Plan) -> list[int]:

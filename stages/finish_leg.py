@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
+from stages.estimate import run_estimate
+from stages.compiled import forget_compiled
 from stages.handoff import probe, probe_batches
 from stages.leg import Leg
 from stages.report import write_report
@@ -17,6 +19,7 @@ def finish_leg(leg: Leg) -> Checkpoint:
     run, stage, plan = leg.run, leg.stage, leg.run.plan
     run.log.end_bar()
     leg.lanes.close()
+    _log_memory(leg)
     leg.evaluate("end")
     with leg.averaged():
         sampler = run.sampler(stage, leg.precision, leg.carried) if plan.previews.rows or run.judge is not None else None
@@ -30,6 +33,7 @@ def finish_leg(leg: Leg) -> Checkpoint:
                 sampler=sampler,
                 seed=plan.seed,
                 accelerator=run.accelerator,
+                in_step=run.engine.shared_out(leg.model),
             )
             if run.accelerator.is_main_process and shown:
                 file = run.folder / "previews" / f"{leg.index + 1}-{stage.name}.png"
@@ -55,6 +59,26 @@ def finish_leg(leg: Leg) -> Checkpoint:
     leg.save(finished=True, probed=probed)
     if run.accelerator.is_main_process:
         write_report(run.folder)
-    run.accelerator.wait_for_everyone()
+    run.processes.wait()
+    run.engine.release(leg.model)
     run.accelerator.free_memory()
+    if stage.compile:
+        forget_compiled()
     return read_checkpoint(step_folder(run.stage_folder(leg.index), stage.steps))
+
+
+_LEAST_TO_ESTIMATE = 10_000_000  # parameters of a transformer below which nobody asks whether it fits, and a run takes no second to find out
+
+
+def _log_memory(leg: Leg) -> None:
+    """Log the most memory that the stage took until now in this launch, and what it was estimated at: a process on the CPU may keep much of what was freed besides."""
+    run, device = leg.run, leg.run.accelerator.device
+    peak = peak_bytes(device)
+    parameters = sum(parameter.numel() for parameter in leg.model.parameters())
+    if not run.accelerator.is_main_process or peak is None:
+        return
+    record = {"event": "memory", "stage": leg.stage.name, "step": leg.step, "kind": "peak", "peak_bytes": peak - leg.held_before}
+    if parameters >= _LEAST_TO_ESTIMATE and not run.engine.is_sharded:
+        found = run_estimate(run.plan, leg.index, leg.mixture, device, run.accelerator.num_processes)
+        record |= {"estimated_bytes": found.peak, "estimated_encoder_bytes": found.encoders}
+    run.log.write(record)

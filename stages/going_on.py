@@ -8,10 +8,11 @@ from typing import Any
 
 from mixing.selected import Selection
 from stages.checkpoint import Checkpoint
-from stages.plan import MixRamp, Plan, Stage
+from stages.plan import MixAdaptive, Plan, Stage
 from stages.reader import PlanError, resolved
+from stages.resolved import still_mixes
 
-_WITHOUT_EFFECT = ("checkpointing",)  # on what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it
+_WITHOUT_EFFECT = ("checkpointing", "offload")  # on what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it
 _BY_SIZE = ("repeat", "rows")  # what a mix by size heeds of a source, and shares by name do not
 
 
@@ -19,7 +20,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
     """What decides a stage's result: kept in its checkpoints, and compared when a run goes on. model: its fingerprint."""
     whole = resolved(plan)
     own = {field: value for field, value in whole["stages"][plan.stages.index(stage)].items() if field not in _WITHOUT_EFFECT}
-    mixes = [stage.mix.first, stage.mix.last] if isinstance(stage.mix, MixRamp) else [stage.mix]
+    mixes = still_mixes(stage)
     by_size = any(not isinstance(mix, dict) for mix in mixes)
     drawn = [name for name in plan.sources if by_size or any(isinstance(mix, dict) and mix.get(name) for mix in mixes)]
     sources = {name: {field: value for field, value in whole["sources"][name].items() if field not in _BY_SIZE} for name in drawn}
@@ -33,6 +34,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         **({"adapters": whole["adapters"]} if plan.adapters else {}),
         "start": whole.get("start"),
         "evaluate.rows": plan.evaluate.rows,
+        **({"evaluate.every": plan.evaluate.every} if isinstance(stage.mix, MixAdaptive) else {}),
         "stage": own,
         "sources": sources,
         "rows": {name: selections[name].source.fingerprint for name in drawn},

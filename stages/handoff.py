@@ -20,6 +20,7 @@ from stages.adapter import adapter_weights, choose_trainable, load_adapter_weigh
 from stages.checkpoint import Checkpoint, read_checkpoint
 from stages.families.family import Family
 from stages.objectives import flow
+from stages.offload import leave_out_of_ddp
 from stages.pairs import grown, joined, layers_of, merged, ranks_of, rescaled, shrunk
 from stages.placed import DEFAULT, Placed, all_adapters, experts_of, placed_adapters
 from stages.plan import Plan, Stage
@@ -140,12 +141,13 @@ def other_experts(family: Family, plan: Plan, stage: Stage, weights: Mapping[str
     return tuple(found)
 
 
-def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Baton) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Baton, device: torch.device | None = None) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A stage's transformer with what trains in it, by name.
 
-    place: the stage's place in the plan, for errors. baton: as `hand_on` gives it; an adapter of which it has nothing begins afresh.
+    place: the stage's place in the plan, for errors. baton: as `hand_on` gives it; an adapter of which it has nothing begins afresh. device: None for
+    the family's.
     """
-    model = load_stored(family, stored(stage), baton.base, stage.expert)
+    model = load_stored(family, stored(stage), baton.base, stage.expert, device)
     placed = placed_adapters(plan, plan.stages.index(stage))
     if stage.train != "full":
         place_adapters(model, placed, family.target_patterns, plan.seed)
@@ -157,6 +159,7 @@ def build_model(family: Family, plan: Plan, stage: Stage, place: str, baton: Bat
         if stage.precision != "fp32":
             without_input_casts(model)
     trainable = choose_trainable(model, stage.train, f"{place}.train", frozen=[name for name, each in placed.items() if each.frozen], unread=family.unread)
+    leave_out_of_ddp(model)
     model.train()
     return model, trainable
 
@@ -235,6 +238,8 @@ def cause_of_change(before: Stage, after: Stage) -> str | None:
         causes.append(f"the adapter was merged into a base in {resolved_storage(after)}")
     if before.precision != after.precision:
         causes.append(f"precision {before.precision} -> {after.precision}")
+    if before.attention != after.attention:
+        causes.append(f"attention by {before.attention} -> {after.attention}")
     if resolved_storage(before) != resolved_storage(after):
         causes.append(f"base stored in {resolved_storage(before)} -> {resolved_storage(after)}")
     return ", ".join(causes) or None

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,32 +17,45 @@ from accelerate.utils import gather_object, reduce
 from rich.table import Table
 from torch import Tensor, nn
 
+from mixing.ahead import Ahead
 from mixing.bad_rows import BadRow
 from mixing.batch import MicroBatch
+from mixing.buckets import Size
 from mixing.keys import key
 from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
 from stages.adapter import adapter_weights
 from stages.checkpoint import keep_newest, step_folder, write_checkpoint, write_whole
+from stages.compiled import counted, uncompiled
 from stages.dropout import Drawing
+from stages.encode import kept_latents
+from stages.engine import Training
 from stages.evaluate import Measured, evaluate
+from stages.feed import stage_mixture
+from stages.follower import Follower, changes_every
 from stages.ledger import ledger_entry
 from stages.memory import EncoderRest, Released
-from stages.objective import Objective
+from stages.objective import Drawn, Objective
 from stages.objectives.parts import Part
-from stages.optim import Average, found_step_size, optimizer_state, rate_at
+from stages.optim import Average, found_step_size, rate_at
 from stages.placed import all_adapters
 from stages.plan import LearningRate, Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
+from stages.resolved import resolved_rate
 from stages.run import Run
+from stages.sent import sent
+from stages.sharing import whole
 from stages.shown import Shown, show
 
 if TYPE_CHECKING:
     from mixing.lanes import State
     from stages.open_lanes import Lanes
 
+_MOST_PARTS = 256  # whose errors wait on the device to be summed up
+_MOST_AT_ONCE = 8  # micro-batches read together
+_BYTES_AT_ONCE = 2**20  # of their pixels
 MOST_SKIPPED = 50  # the loss scale is 1e15 times smaller by then; at the start some 10 are usual
 
 
@@ -58,13 +71,41 @@ class Window:
     waited: float = 0.0
     steps: int = 0
     tokens: int = 0
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of images' errors, by source."""
     images: dict[str, int] = field(default_factory=dict)
-    loss: Tensor | float = 0.0
-    """Sum of what is trained: the errors, weighted."""
-    by_noise: Tensor = field(default_factory=lambda: torch.zeros(2, 10, dtype=torch.float64))
-    """Sums of errors and numbers of images, by tenth of the noise level."""
+    parts: list[CountedPart] = field(default_factory=list)
+    """Those whose sums are not taken yet: to take them costs as much for many as for one."""
+    sums: Tensor | None = None
+    """float64 on the device: of images' errors by source; then errors and numbers of images by tenth of the noise level; then of what is trained, the errors
+    weighted. None: nothing was counted."""
+
+    def sum_up(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """The sums, with all parts taken into them; nothing is waited for. names: of the sources."""
+        if self.sums is None:
+            self.sums = torch.zeros(len(names) + 21, dtype=torch.float64, device=device)
+        if self.parts:
+            places = {name: place for place, name in enumerate(names)}
+            of_source = sent(torch.tensor([places[source] for part in self.parts for source in part.sources]), device)
+            t, errors, losses = (torch.cat([getattr(part, name) for part in self.parts]) for name in ("t", "errors", "losses"))
+            of_tenth = (t * 10).long().clamp(max=9) + len(names)
+            errors = errors.double()
+            self.sums.index_add_(0, torch.cat([of_source, of_tenth, of_tenth + 10]), torch.cat([errors, errors, torch.ones_like(errors)]))
+            self.sums[-1] += losses.double().sum()
+            self.parts = []
+        return self.sums
+
+
+@dataclass(frozen=True)
+class CountedPart:
+    """What a part of a micro-batch brought."""
+
+    sources: tuple[str, ...]
+    """Of each of its images."""
+    t: Tensor
+    """Their noise levels, float32 [b]."""
+    errors: Tensor
+    """float32 [b]"""
+    losses: Tensor
+    """The same, weighted, which is what is trained."""
 
 
 @dataclass
@@ -85,15 +126,15 @@ class Leg:
     """The streams that this process reads."""
     precision: StagePrecision
     model: nn.Module
-    wrapped: nn.Module
-    """The model as accelerate prepared it: inside DDP where there are several processes."""
-    trainable: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    training: Training
+    """The model and its optimizer, as the run's engine trains them."""
     average: Average | None
     key: int
     """Of (seed, stage): noise and timesteps are derived from it and the image's number."""
     objective: Objective
     """What is asked of the transformer."""
+    follower: Follower | None
+    """What changes the shares, where the mix is adaptive."""
     rest: EncoderRest
     """Lets go of the encoders while the steps do without them."""
     step: int
@@ -120,27 +161,90 @@ class Leg:
     """What the first micro-batch was multiplied in; None until it was measured."""
     rows: list[tuple[int, int, str, str]] = field(default_factory=list)
     """Position, micro-batch, source and key of the images of the step under way."""
+    passed_limit: bool = False
+    """Whether it was said that no more of the blocks' shapes are compiled."""
     named_rows: set[tuple[str, str]] = field(default_factory=set)
     """Unreadable rows that were warned of."""
+    latents: dict[Size, torch.Size] = field(default_factory=dict)
+    """Of targets of each size in pixels, the shape of their latents, once there were any."""
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time that the loop waits for data."""
-        began = time.monotonic()
-        yield
-        self.window.waited += time.monotonic() - began
+    def stretches(self) -> Generator[tuple[Ahead[tuple[MicroBatch, Drawn]], int], None, None]:
+        """What is read of the stage, and until which step: all that is left, or as far as the shares are known, which is until the next evaluation that may change them."""
+        run = self.run
+        while self.step < self.stage.steps:
+            until = self.follower.next_border(self.step, self.stage.steps) if self.follower else self.stage.steps
+            reading = self.mixture.batches(
+                self.step,
+                until,
+                rank=run.accelerator.process_index,
+                processes=run.accelerator.num_processes,
+                workers=run.plan.workers,
+                pin_memory=run.accelerator.device.type == "cuda",
+                lanes=self.lanes.readers,
+            )
+            with closing(reading), closing(Ahead(map(self.draw, reading), self.note_wait, self.read_at_once)) as batches:
+                yield batches, until
 
-    def parts(self, batch: MicroBatch) -> tuple[Shown, list[Part]]:
-        """What a micro-batch shows the transformer, and in which calls. Noise, noise levels and dropout come from the images' places in the stage."""
-        left_out = self.objective.left_out(batch)
-        prompts = ["" if gone else prompt for prompt, gone in zip(batch.prompts, left_out.prompts, strict=True)]
-        of_regions = [["" if gone else prompt for prompt, gone in zip(region.prompts, left_out.prompts, strict=True)] for region in batch.regions]
-        shown = show(self.run.family, batch, prompts, of_regions)
+    def follow(self, measured: Measured) -> None:
+        """Let an adaptive mix follow an evaluation; steps from here on are drawn by the shares that it leads to."""
+        if self.follower is None:
+            return
+        run, stage = self.run, self.stage
+        before = self.follower.following.shares
+        warmup = resolved_rate(stage).warmup or 0
+        decision = self.follower.after(measured, self.mixture, self.step, warming=self.step - self.skipped < warmup)
+        shares = decision.following.shares
+        record = {"event": "shares", "stage": stage.name, "step": self.step, "changed": decision.changed, "why": decision.why, "shares": dict(shares), "before": dict(before)}
+        run.log.write({**record, "signals": dict(decision.signals), "at_limit": list(decision.at_limit)})
+        if not decision.changed:
+            return
+        moved = ", ".join(f"{name} {before[name]:.1%} -> {share:.1%}" for name, share in shares.items())
+        run.log.say(f"  shares from here on: {moved} ({decision.why})")
+        self.mixture = stage_mixture(
+            stage,
+            run.selections,
+            run.sizes,
+            seed=run.plan.seed,
+            drawn_before=run.drawn_before(),
+            latents=kept_latents(run.family),
+            changes=self.follower.changes,
+            every=changes_every(run.plan, stage),
+        )
+
+    def note_wait(self, seconds: float) -> None:
+        """Count time that the loop waited for data."""
+        self.window.waited += seconds
+
+    @property
+    def read_at_once(self) -> int:
+        """How many micro-batches are read together: several only where they are small."""
+        budget, signatures = self.mixture.budget, self.mixture.signatures
+        images = max(budget.first, budget.last) // min(cell.tokens if budget.unit == "tokens" else 1 for cell in self.mixture.order.cells)
+        largest = images * max(3 * height * width for signature in signatures for height, width in (signature.target, *signature.references))
+        return max(1, min(_MOST_AT_ONCE, _BYTES_AT_ONCE // largest))
+
+    def draw(self, batch: MicroBatch) -> tuple[MicroBatch, Drawn]:
+        """A micro-batch with what is drawn for it. Noise, noise levels and what is left out come from the images' places in the stage, and from nothing else."""
         first = self.mixture.images_before(batch.step) if self.stage.timesteps.stratified else 0  # it is a tenth of a millisecond
-        return shown, self.objective.parts(batch, shown, left_out, first)
+        drawn = self.objective.draw(batch, self.latents.get(batch.targets.size), first)
+        return batch, drawn.pin_memory() if self.run.accelerator.device.type == "cuda" else drawn
+
+    def parts(self, batch: MicroBatch, drawn: Drawn) -> tuple[Shown, list[Part]]:
+        """What a micro-batch shows the transformer, and in which calls."""
+        left_out = drawn.left_out.prompts
+        prompts = ["" if gone else prompt for prompt, gone in zip(batch.prompts, left_out, strict=True)]
+        of_regions = [["" if gone else prompt for prompt, gone in zip(region.prompts, left_out, strict=True)] for region in batch.regions]
+        shown = show(self.run.family, batch, prompts, of_regions)
+        self.latents[batch.targets.size] = shown.x.shape[1:]
+        parts = self.objective.split(batch, shown, drawn)
+        if self.stage.compile and self.multiplied is None:
+            self.measure_multiplied(batch, shown, parts[0])
+        return shown, parts
 
     def dropping(self, batch: MicroBatch, part: Part) -> AbstractContextManager[None]:
         """Inside, inputs of the adapters are dropped as the images ask for it; the forward and the backward pass of a part stand in it."""
+        if not self.drawing.is_used:
+            return nullcontext()
         return self.drawing.of([key(self.key, "dropout", batch.positions[row]) for row in part.rows.tolist()])
 
     def check_multiplied(self, watch: Multiplied) -> None:
@@ -149,25 +253,30 @@ class Leg:
         if self.multiplied != self.stage.precision:
             raise TrainingError(f"stage '{self.stage.name}' asks for precision {self.stage.precision}, and its matrix products were made: {self.multiplied}")
 
+    def measure_multiplied(self, batch: MicroBatch, shown: Shown, part: Part) -> None:
+        """`check_multiplied` of a stage whose blocks are compiled, by a call of its own before they are, for a block that is called first while its products are counted
+        is never compiled (torch 2.13)."""
+        with uncompiled(), self.dropping(batch, part), torch.no_grad(), Multiplied() as watch, self.precision.autocast():
+            shown.predict_part(self.run.family, self.model, part)
+        self.check_multiplied(watch)
+
     def check_gradients(self) -> None:
         """After the first step of this launch: every trainable parameter must have a gradient. Raises TrainingError naming those that have none."""
-        if self.step == self.first_step and (missing := [name for name, parameter in self.trainable.items() if parameter.grad is None]):
-            raise TrainingError(f"stage '{self.stage.name}': {len(missing)} of {len(self.trainable)} trainable weights got no gradient, such as {missing[0]}; take them out of `train` or `adapter.targets`")
+        if self.step == self.first_step and (missing := self.training.without_gradient()):
+            raise TrainingError(f"stage '{self.stage.name}': {len(missing)} of {len(self.training.trainable)} trainable weights got no gradient, such as {missing[0]}; take them out of `train` or `adapter.targets`")
 
     def count_part(self, batch: MicroBatch, part: Part, errors: Tensor, losses: Tensor) -> None:
         """Count what a part of a micro-batch brought. errors: of each of its images, float32 [b]; losses: the same, weighted, which is what is trained."""
-        window, family, tenths = self.window, self.run.family, (part.t * 10).long().clamp(max=9)
+        window, family, rows = self.window, self.run.family, part.rows.tolist()
         of_references = sum(family.tokens(*reference.size) for reference in batch.references) if part.has_references else 0
         tokens = family.latent_tokens(part.noised) + of_references
-        window.tokens += len(part.rows) * (tokens + family.text_tokens * (1 + len(batch.regions)))
-        window.loss = window.loss + losses.sum()
-        window.by_noise = window.by_noise.to(errors.device)
-        window.by_noise[0].index_add_(0, tenths, errors.double())
-        window.by_noise[1].index_add_(0, tenths, torch.ones_like(errors, dtype=torch.float64))
-        for place, row in enumerate(part.rows.tolist()):
-            source = batch.sources[row]
-            window.losses[source] = window.losses.get(source, errors.new_zeros(())) + errors[place]
+        window.tokens += len(rows) * (tokens + family.text_tokens * (1 + len(batch.regions)))
+        sources = tuple(batch.sources[row] for row in rows)
+        for source in sources:
             self.tokens[source] = self.tokens.get(source, 0) + tokens
+        window.parts.append(CountedPart(sources, part.t, errors, losses))
+        if len(window.parts) >= _MOST_PARTS:
+            window.sum_up(list(self.mixture.asked), errors.device)
 
     def count(self, batch: MicroBatch) -> None:
         """Count what a micro-batch held."""
@@ -195,7 +304,8 @@ class Leg:
         if not made:
             self.skipped += 1
         elif self.average:
-            self.average.update(self.trainable)
+            with self.training.gathered():
+                self.average.update(self.training.trainable)
         self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
@@ -222,14 +332,13 @@ class Leg:
         """One line in metrics.jsonl and on the console, from all processes' counts. Raises TrainingError if the loss is no number."""
         run, names = self.run, list(self.mixture.asked)
         device = run.accelerator.device
-        sums = torch.stack([self.window.losses.get(name, torch.zeros((), device=device)).double() for name in names])
-        counts = torch.tensor([[self.window.images.get(name, 0), self.images.get(name, 0)] for name in names], dtype=torch.float64, device=device)
-        trained = torch.as_tensor(self.window.loss, dtype=torch.float64, device=device)
-        flat = torch.cat([torch.cat([sums[:, None], counts], dim=1).flatten(), self.window.by_noise.to(device).flatten(), trained.reshape(1)])
+        sums = self.window.sum_up(names, device)
+        counts = torch.tensor([self.window.tokens, *(self.window.images.get(name, 0) for name in names), *(self.images.get(name, 0) for name in names)], dtype=torch.float64)
+        flat = torch.cat([sums, sent(counts, device)])
         flat = reduce(flat, reduction="sum") if run.accelerator.num_processes > 1 else flat
-        numbers, by_noise, total = flat[: 3 * len(names)].view(-1, 3).tolist(), flat[3 * len(names) : -1].view(2, 10).tolist(), float(flat[-1])
+        errors, by_noise, (total, tokens), in_window, in_all = _cut(flat.tolist(), len(names), 20, 2, len(names), len(names))
+        numbers = list(zip(errors, in_window, in_all, strict=True))
         images = sum(row[1] for row in numbers)
-        tokens = float(self.summed([self.window.tokens])[0])
         if not math.isfinite(total):
             raise TrainingError(f"stage '{self.stage.name}': the loss is {total} since a step at or before {self.step}; the last checkpoint stands. Lower the rate, or choose another precision")
         seconds = time.monotonic() - self.window.began
@@ -246,13 +355,13 @@ class Leg:
             "tokens_per_second": tokens / seconds,
             "data_wait": self.window.waited / seconds,
             "multiplied_in": self.multiplied,
-            "loss_by_noise": [error / count if count else None for error, count in zip(*by_noise, strict=True)],
+            "loss_by_noise": [error / count if count else None for error, count in zip(by_noise[:10], by_noise[10:], strict=True)],
             "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
             "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
         }
         if self.stage.precision == "fp16":
             record |= {"loss_scale": self.precision.scaler.get_scale(), "skipped": self.skipped}
-        if (step_size := found_step_size(self.optimizer)) is not None:
+        if (step_size := found_step_size(self.training.optimizer)) is not None:
             record["step_size"] = step_size
         if device.type == "cuda":
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -267,6 +376,9 @@ class Leg:
             + f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
         )
         self.warn_of_cache()
+        if self.stage.compile and not self.passed_limit and (found := counted()).passed_limit:
+            self.passed_limit = True
+            run.log.warn(f"after {found.graphs} compiled graphs no more are made: shapes that none of them fits run uncompiled; ask for fewer resolutions or aspects, or leave `compile` out", self.stage.name, self.step)
         for message in self.lanes.take_waits():
             run.log.write({"event": "warning", "stage": self.stage.name, "step": self.step, "message": message})
         self.window = Window(time.monotonic())
@@ -288,7 +400,7 @@ class Leg:
         if self.run.accelerator.num_processes > 1:
             for source, row, reason in gather_object([(source, row, reason) for source, rows in self.bad.items() for row, reason in rows.items()]):
                 self.bad.setdefault(source, {})[row] = reason
-        drawn = self.mixture.order.drawn_after(self.step)
+        drawn = self.mixture.order.drawn_after(self.step) if self.bad else {}  # it takes half a millisecond
         for name, rows in self.bad.items():
             selection = self.run.selections[name]
             source = selection.source
@@ -305,20 +417,21 @@ class Leg:
     def averaged(self) -> Iterator[str]:
         """Inside, the model holds its moving average where it has one, and is in evaluation mode; gives the word for what it holds."""
         if self.average:
-            self.average.swap(self.trainable)
-        try:
-            with self.still():
-                yield "ema" if self.average else "raw"
-        finally:
-            if self.average:
-                self.average.swap(self.trainable)
+            with self.training.gathered(changing=True):
+                self.average.swap(self.training.trainable)
+        with self.still():
+            yield "ema" if self.average else "raw"
+        if self.average:  # not after an error, with which the leg ends: other processes may be where they take no part in it
+            with self.training.gathered(changing=True):
+                self.average.swap(self.training.trainable)
 
     @contextmanager
     def still(self) -> Iterator[None]:
         """Inside, the model is in evaluation mode."""
         self.model.eval()
         try:
-            yield
+            with uncompiled() if self.stage.compile else nullcontext():
+                yield
         finally:
             self.model.train()
 
@@ -338,6 +451,7 @@ class Leg:
                 unreadable=self.note_bad,
                 windows=self.objective.windows,
                 t_range=run.t_range(self.stage),
+                in_step=run.engine.shared_out(self.model),
             )
         summary = measured.summary(self.base, self.start)
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
@@ -368,7 +482,10 @@ class Leg:
             run.cache.flush()
             self.warn_of_cache()
         self.check_rows()
+        tensors = self._tensors() if run.engine.is_sharded or run.accelerator.is_main_process else {}
         if run.accelerator.is_main_process:
+            if probed is not None:
+                tensors["probe"] = probed
             images, tokens = (dict(zip(names, counted[first : first + len(names)], strict=True)) for first in (0, len(names)))
             levels = counted[2 * len(names) :]
             folder = run.stage_folder(self.index)
@@ -394,6 +511,7 @@ class Leg:
                 "tokens": tokens,
                 "levels": levels,
                 "lanes": {**self.lanes.others, **lanes},
+                "adaptive": self.follower.state() if self.follower else None,
                 "bad": self.bad,
                 "drawn": drawn,
                 "ledger": entry,
@@ -402,19 +520,22 @@ class Leg:
                 "metrics_bytes": run.log.size(),
                 "trace_bytes": run.trace.size() if run.trace else 0,
             }
-            tensors = {"optimizer": optimizer_state(self.optimizer, self.trainable)}
-            if stage.train == "full":
-                tensors["transformer"] = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-            else:
-                tensors["adapter"] = {**self.carried, **adapter_weights(self.model)}
-            if self.average:
-                tensors["ema"] = {name: value.cpu() for name, value in self.average.values.items()}
-            if probed is not None:
-                tensors["probe"] = probed
             write_checkpoint(folder, self.step, tensors, state)
             keep_newest(folder, 1 if finished else run.plan.keep, self.step)
             write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
-        run.accelerator.wait_for_everyone()
+        run.processes.wait()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of weights and optimizer, whole and on the CPU."""
+        tensors = {"optimizer": self.training.optimizer_state()}
+        with self.training.gathered():
+            if self.stage.train == "full":
+                tensors["transformer"] = {name: whole(value) for name, value in self.model.state_dict().items()}
+            else:
+                tensors["adapter"] = {**self.carried, **adapter_weights(self.model)}
+        if self.average:
+            tensors["ema"] = {name: whole(value) for name, value in self.average.values.items()}
+        return tensors
 
     def encoded(self) -> dict[str, tuple[int, int]]:
         """Of images and of prompts, how many encodings were found in the cache in this launch, and how many were made, over all processes."""
@@ -423,3 +544,12 @@ class Leg:
         hits, misses = self.run.cache.hits, self.run.cache.misses
         counts = self.summed([hits["latents"], misses["latents"], hits["text"], misses["text"]])
         return {"images": (counts[0], counts[1]), "prompts": (counts[2], counts[3])}
+
+
+def _cut(values: Sequence[float], *lengths: int) -> list[list[float]]:
+    """Numbers in pieces of these lengths."""
+    pieces, begin = [], 0
+    for length in lengths:
+        pieces.append(list(values[begin : begin + length]))
+        begin += length
+    return pieces

@@ -30,7 +30,7 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     folder = settings.repo
     if not os.path.isdir(folder):
         try:
-            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=["model_index.json", "*/config.json", "*/tokenizer_config.json"])
+            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=["model_index.json", "*/config.json", "*/tokenizer_config.json", "*/scheduler_config.json"])
         except (OSError, ValueError):  # unreachable, gated, no such model
             return None
     model = read_folder(folder)

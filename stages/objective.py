@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from stages.objectives.parts import Part, whole
 from stages.objectives.windows import Windows
 from stages.plan import Changed, Stage
 from stages.resolved import level_shares, main_resolution, windows_of
+from stages.sent import sent
 from stages.shown import Shown
 
 _GRID = 1000  # points over which the bell's mean is taken
@@ -34,6 +36,25 @@ class LeftOut:
 
     prompts: tuple[bool, ...]
     references: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for a micro-batch of B images by their places in the stage, on the CPU."""
+
+    left_out: LeftOut
+    e: Tensor | None
+    """Noise, float32 [B, C, h, w]; None where the latents' shape was not known."""
+    t: Tensor
+    """Noise levels, float32 [B]; with a pyramid, where inside its level each image is."""
+    levels: tuple[int, ...] | None
+    """Of a pyramid, for each image."""
+    factors: Tensor
+    """Of the images' losses by source and size, float32 [B]."""
+
+    def pin_memory(self) -> Drawn:
+        """The same in page-locked memory, from which a GPU copies beside its work."""
+        return replace(self, e=None if self.e is None else self.e.pin_memory(), t=self.t.pin_memory(), factors=self.factors.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -84,36 +105,53 @@ class Objective:
         """What each image's noise is derived from."""
         return [key(self.key, "noise", position) for position in batch.positions]
 
+    def draw(self, batch: MicroBatch, latents: Sequence[int] | None, first: int) -> Drawn:
+        """What is drawn for a micro-batch, all of it on the CPU and before anything is encoded. latents: the shape of its targets' latents, if it is known;
+        first: as in `parts`."""
+        e = None if latents is None else flow.noise(latents, self.noise_keys(batch))
+        if self.windows is None:
+            quantiles = flow.stratified(self.key, batch.positions, first, batch.step_images) if self.stage.timesteps.stratified else flow.quantiles(self.key, batch.positions)
+            return Drawn(self.left_out(batch), e, self.density(batch).t(quantiles), None, self._factors(batch))
+        shares = LevelShares(*level_shares(self.stage, self.images))
+        # A step of fewer images than it takes for the shares to come round would tie a level to a source.
+        places = shuffled(batch.positions, shares.period(), self.key) if shares.last is None and batch.step_images < shares.period() else batch.positions
+        return Drawn(self.left_out(batch), e, pyramid.within(self.key, batch.positions), tuple(shares.levels(places)), self._factors(batch))
+
     def parts(self, batch: MicroBatch, shown: Shown, left_out: LeftOut, first: int) -> list[Part]:
         """A micro-batch as the transformer is shown it, in as many calls as it takes. first: position of the first image of its step, which stratified noise levels need."""
-        x = shown.x
+        return self.split(batch, shown, replace(self.draw(batch, shown.x.shape[1:], first), left_out=left_out))
+
+    def split(self, batch: MicroBatch, shown: Shown, drawn: Drawn) -> list[Part]:
+        """The same of what was drawn before."""
+        x, without = shown.x, drawn.left_out.references
         device = x.device
-        e = flow.noise(x.shape[1:], self.noise_keys(batch)).to(device)
-        density = self.density(batch)
+        e = sent(flow.noise(x.shape[1:], self.noise_keys(batch)) if drawn.e is None else drawn.e, device)
         if (windows := self.windows) is not None:
-            shares = LevelShares(*level_shares(self.stage, self.images))
-            # A step of fewer images than it takes for the shares to come round would tie a level to a source.
-            places = shuffled(batch.positions, shares.period(), self.key) if shares.last is None and batch.step_images < shares.period() else batch.positions
-            levels = shares.levels(places)
-            r = pyramid.within(self.key, batch.positions)
             assert self.stage.pyramid is not None
+            assert drawn.levels is not None
             parts = pyramid.split(
-                x, e, levels, r, windows, patch=self.family.model.sizes.patch, loss=self.stage.pyramid.loss, seen=lambda t: self.family.seen_timestep(t, self.compute)
+                x, e, drawn.levels, drawn.t, windows, patch=self.family.model.sizes.patch, loss=self.stage.pyramid.loss, seen=lambda t: self.family.seen_timestep(t, self.compute)
             )
         else:
-            quantiles = flow.stratified(self.key, batch.positions, first, batch.step_images) if self.stage.timesteps.stratified else flow.quantiles(self.key, batch.positions)
-            t = self.family.seen_timestep(density.t(quantiles).to(device), self.compute)
-            parts = [whole(self.family.path, x, e, t)]
-        factors = self._factors(batch)
-        parts = [replace(part, weight=part.weight * factors[part.rows].to(device) * self._by_noise(part.t, density)) for part in parts]
+            parts = [whole(self.family.path, x, e, self.family.seen_timestep(sent(drawn.t, device), self.compute))]
+        parts = [self._weighed(part, batch, drawn) for part in parts]
         if self.stage.loss.changed is not None and len(shown.references) == 1 and shown.references[0].shape == x.shape:
             weight, of_places = changed_weights(x, shown.references[0], self.stage.loss.changed)
-            parts = [replace(part, weight=part.weight * weight[part.rows.to(device)], places=of_places[part.rows.to(device)]) for part in parts]
-        if not any(left_out.references):
+            rows = [sent(part.rows, device) for part in parts]
+            parts = [replace(part, weight=part.weight * weight[own], places=of_places[own]) for part, own in zip(parts, rows, strict=True)]
+        if not any(without):
             return parts
-        without = torch.tensor(left_out.references)
-        apart = [(part, without[part.rows] == gone, gone) for part in parts for gone in (False, True)]
-        return [part.only(chosen, has_references=not gone) for part, chosen, gone in apart if chosen.any()]
+        gone = torch.tensor(without)
+        apart = [(part, gone[part.rows] == is_gone, is_gone) for part in parts for is_gone in (False, True)]
+        return [part.only(chosen, has_references=not is_gone) for part, chosen, is_gone in apart if chosen.any()]
+
+    def _weighed(self, part: Part, batch: MicroBatch, drawn: Drawn) -> Part:
+        """A part with its losses' factors by source, size and noise level."""
+        weight = sent(drawn.factors if len(part.rows) == len(drawn.factors) else drawn.factors[part.rows], part.weight.device)
+        if self.windows is not None:
+            weight = part.weight * weight
+        by_noise = self._by_noise(part.t, batch)
+        return replace(part, weight=weight if by_noise is None else weight * by_noise)
 
     def _factors(self, batch: MicroBatch) -> Tensor:
         """Of each image's loss by its source and size, float32 [B]."""
@@ -124,15 +162,20 @@ class Objective:
             by_size = self.family.tokens(*batch.targets.size) / self.family.tokens(side, side)
         return torch.tensor([by_size * asked.sources.get(source, 1.0) for source in batch.sources])
 
-    def _by_noise(self, t: Tensor, density: Density) -> Tensor:
-        """Of each image's loss by its noise level, [b]."""
+    def _by_noise(self, t: Tensor, batch: MicroBatch) -> Tensor | None:
+        """Of each image's loss by its noise level, [b]; None for 1."""
         asked = self.stage.loss
         if asked.weighting == "bell":
-            grid = density.t((torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID)
-            return bell(t) / float(bell(grid).double().mean())
+            return bell(t) / _mean_of_bell(self.density(batch))
         if asked.weighting == "min_snr":
             return self.family.path.snr(t).clamp(max=asked.gamma) / self.family.path.weight_of_x(t)
-        return torch.ones_like(t)
+        return None
+
+
+@lru_cache(maxsize=64)
+def _mean_of_bell(density: Density) -> float:
+    """The bell's mean over the noise levels that a density draws."""
+    return float(bell(density.t((torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID)).double().mean())
 
 
 def bell(t: Tensor) -> Tensor:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixing.keys import key
 from stages.adapter import TargetError, load_adapter_weights, lora_layers
+from stages.attention import NoSuchAttention, name_attention
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder, write_checkpoint
+from stages.compiled import compile_blocks
 from stages.dropout import add_dropout
 from stages.encode import kept_latents
+from stages.engine import Training
 from stages.evaluate import Measured
+from stages.explain import byte_words
 from stages.feed import stage_mixture
+from stages.follower import changes_every, changes_of, open_follower
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window
-from stages.memory import EncoderRest
+from stages.memory import EncoderRest, let_go
 from stages.objective import Objective
+from stages.offload import off_device_bytes
 from stages.open_lanes import open_lanes
-from stages.optim import Average, load_optimizer_state, make_optimizer
+from stages.optim import Average, make_optimizer
 from stages.placed import DEFAULT, newest, placed_adapters
 from stages.plan import Stage
 from stages.precision import StagePrecision
@@ -30,15 +35,27 @@ from stages.recomputation import recomputation_words, recompute
 from stages.resolved import objective_words, quantised, resolution_words, resolved_rate, resolved_storage, step_words
 from stages.run import Run
 from stages.sampling import JudgeError
+from stages.sharing import numbers, shared_like
 from stages.stage_event import stage_event
 
 
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     """Build a stage from what the last one handed on, or from its own newest checkpoint. Raises PlanError where plan, data and model do not fit."""
     device, place = run.accelerator.device, f"stages[{index}]"
-    checkpoint = run.checkpoints[index]
+    checkpoint, held = run.checkpoints[index], let_go(run.accelerator.device)
     try:
-        mixture = stage_mixture(stage, run.selections, run.sizes, seed=run.plan.seed, drawn_before=run.drawn_before(), latents=kept_latents(run.family))
+        followed = checkpoint.state["adaptive"] if checkpoint else None
+        mixture = stage_mixture(
+            stage,
+            run.selections,
+            run.sizes,
+            seed=run.plan.seed,
+            drawn_before=run.drawn_before(),
+            latents=kept_latents(run.family),
+            changes=changes_of(followed),
+            every=changes_every(run.plan, stage),
+        )
+        follower = open_follower(run.plan, stage, mixture, run.selections, followed)
         lanes = open_lanes(run, mixture, checkpoint or run.last)
     except ValueError as error:
         raise PlanError.at(place, str(error)) from None
@@ -50,28 +67,36 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
             run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
         handed = _handed_on(run, index, stage, checkpoint)
         baton = handed.baton
-        model, trainable = build_model(run.family, run.plan, stage, place, baton)
+        model, whole = build_model(run.family, run.plan, stage, place, baton, run.engine.loads_on)
         others = carried(run.plan, stage, baton.adapter or {})
         if checkpoint and stage.train != "full":
             weights = checkpoint.tensors("adapter")
             others = carried(run.plan, stage, weights)
             load_adapter_weights(model, {name: value for name, value in weights.items() if name not in others}, str(checkpoint.folder))
-        drawing = add_dropout(model, placed_adapters(run.plan, index), trainable.values())
+        drawing = add_dropout(model, placed_adapters(run.plan, index), whole.values())
+        attentions = name_attention(model, stage.attention)
         every = recompute(model, stage.checkpointing, device)
+        compiled = compile_blocks(model, stage.compile)
     except (TargetError, JudgeError) as error:
         raise PlanError.at("", str(error)) from None
+    except NoSuchAttention as error:
+        raise PlanError.at(f"{place}.attention", str(error)) from None
     precision, stage_key = StagePrecision(stage.precision, device), key(run.plan.seed, "stage", stage.name)
-    average = Average(trainable, stage.ema) if stage.ema is not None else None
-    optimizer = make_optimizer(trainable, stage.optimizer)
+    run.processes.wait()  # a machine may have had to fetch the model first
+    training = run.engine.train(model, whole, lambda parameters: make_optimizer(parameters, stage.optimizer), precision)
+    average = None
+    if stage.ema is not None:
+        with training.gathered():
+            average = Average(training.trainable, stage.ema)
     if checkpoint:
-        load_optimizer_state(optimizer, trainable, checkpoint.tensors("optimizer"))
+        training.load_optimizer_state(checkpoint.tensors("optimizer"))
         if average:
-            average.values = {name: value.to(device) for name, value in checkpoint.tensors("ema").items()}
+            average.load(checkpoint.tensors("ema"))
             average.updates = int(checkpoint.state["ema_updates"])
         precision.load_scale(checkpoint.state["scaler"])
     kept: list[str] = []
     if run.last and not checkpoint:
-        kept = _keep(run.last, stage, optimizer, trainable, average)
+        kept = _keep(run.last, stage, training, average)
     leg = Leg(
         run=run,
         index=index,
@@ -83,12 +108,11 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         lanes=lanes,
         precision=precision,
         model=model,
-        wrapped=run.accelerator.prepare_model(model),
-        trainable=trainable,
-        optimizer=optimizer,
+        training=training,
         average=average,
         key=stage_key,
         objective=Objective(run.family, stage, stage_key, precision.dtype, mixture.images_before(stage.steps)),
+        follower=follower,
         rest=EncoderRest(run.family),
         step=checkpoint.step if checkpoint else 0,
         first_step=checkpoint.step if checkpoint else 0,
@@ -111,11 +135,18 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         show_stage(leg)
         if every:
             run.log.say(f"  activations of {recomputation_words(every)} are computed again for the gradient")
-        run.log.write({**stage_event(leg), "state": "start", "recomputed_every": every})
+        if attentions:
+            run.log.say(f"  attention by {stage.attention}")
+        if compiled:
+            run.log.say(f"  {compiled} blocks are compiled at the first step, which takes a while")
+        if stage.offload:
+            run.log.say(f"  {byte_words(off_device_bytes(model))} of the base's weights are kept on the CPU, and come to the device for each product")
+        run.log.write({**stage_event(leg), "state": "start", "recomputed_every": every, "compiled_blocks": compiled, "attention": stage.attention, "off_device_bytes": off_device_bytes(model)})
         if handed.errors and run.last is None:  # of a start there is nothing to compare the function with
             record = {"event": "handoff", "from": run.baton.origin, "to": stage.name, "kept": [_carried(leg)], "exact": False, "cause": "the adapter was shrunk"}
             run.log.write({**record, "way": "shrink", "errors": dict(handed.errors), "error": say_errors(leg, handed.errors)})
         if run.last:
+            run.log.write({"event": "memory", "stage": stage.name, "step": 0, "kind": "between", "bytes": held})
             measure_handoff(leg, kept, base_outputs, handed)
         leg.start = leg.evaluate("start")
         if run.accelerator.is_main_process:
@@ -125,11 +156,11 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     return leg
 
 
-def _keep(last: Checkpoint, stage: Stage, optimizer: torch.optim.Optimizer, trainable: dict[str, nn.Parameter], average: Average | None) -> list[str]:
+def _keep(last: Checkpoint, stage: Stage, training: Training, average: Average | None) -> list[str]:
     """Carry over what `handoff` asks for beside the weights; returns what was kept, for the log. Raises PlanError if nothing that was asked for could be."""
     kept: list[str] = []
     if stage.handoff.optimizer != "reset":
-        fresh = load_optimizer_state(optimizer, trainable, last.tensors("optimizer"), zero_first=stage.handoff.optimizer == "keep_v")
+        fresh, trainable = training.load_optimizer_state(last.tensors("optimizer"), zero_first=stage.handoff.optimizer == "keep_v"), training.trainable
         if len(fresh) == len(trainable):
             raise PlanError.at(f"stages.{stage.name}.handoff.optimizer", f"'{stage.handoff.optimizer}' finds no state: stage '{last.state['stage']}' trained other weights; write 'reset'")
         kept.append(f"optimizer of {len(trainable) - len(fresh)} of {len(trainable)} weights ({stage.handoff.optimizer})")
@@ -137,7 +168,7 @@ def _keep(last: Checkpoint, stage: Stage, optimizer: torch.optim.Optimizer, trai
         saved = last.tensors("ema") if last.has("ema") else {}
         agreeing = [name for name, value in average.values.items() if name in saved and saved[name].shape == value.shape]
         for name in agreeing:
-            average.values[name].copy_(saved[name])
+            average.values[name].copy_(shared_like(saved[name], average.values[name]))
         kept.append(f"average of {len(agreeing)} weights")
     return kept
 
@@ -166,7 +197,7 @@ def _handed_on(run: Run, index: int, stage: Stage, checkpoint: Checkpoint | None
         return handed
     if run.accelerator.is_main_process:
         write_checkpoint(folder, 0, {"transformer": handed.merged}, {"stage": stage.name, "merged": run.baton.origin})
-    run.accelerator.wait_for_everyone()
+    run.processes.wait()
     return HandedOn(Baton(step_folder(folder, 0) / "transformer.safetensors", None, run.baton.origin))
 
 
@@ -226,7 +257,7 @@ def _trains(leg: Leg) -> str:
     """What trains, in words: `every weight`, `the adapter, 19 layers`, `3 layers of the adapter`, `adapter 'core', 19 layers`."""
     if leg.stage.train == "full":
         return "every weight"
-    training = {id(parameter) for parameter in leg.trainable.values()}
+    training = {id(parameter) for parameter in leg.training.trainable.values()}
     layers = lora_layers(leg.model)
     of = {name: [bool({id(layer.lora_A[name].weight), id(layer.lora_B[name].weight)} & training) for layer in layers.values() if name in layer.lora_A] for name in placed_adapters(leg.run.plan, leg.index)}
     said = []
@@ -241,7 +272,7 @@ def show_stage(leg: Leg) -> None:
     """Print what a stage will do: its settings, what trains, and what each source gives."""
     stage, run = leg.stage, leg.run
     rate = resolved_rate(stage)
-    trained = sum(parameter.numel() for parameter in leg.trainable.values())
+    trained = sum(numbers(parameter) for parameter in leg.training.trainable.values())
     what = _trains(leg)
     by = "" if stage.optimizer.name == "adamw" else f", by {stage.optimizer.name}"
     run.log.say("")
@@ -251,6 +282,8 @@ def show_stage(leg: Leg) -> None:
     )
     if asks := objective_words(stage):
         run.log.say(f"  {asks}")
+    if run.engine.is_sharded:
+        run.log.say(f"  sharded by {run.engine.words}: this process holds {run.engine.held_share(leg.model):.1%} of the model's numbers")
     table = Table(box=None, pad_edge=True, header_style="dim")
     for column in ("source", "rows", "share", "images", "epochs"):
         table.add_column(column, justify="left" if column == "source" else "right")

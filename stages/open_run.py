@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,21 @@ from mixing.bad_rows import SourceError
 from mixing.mixture import TooManyBadRows
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages
+from stages.attention import check_attention
 from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.engine import Engine, Whole
 from stages.families.open import fingerprint, open_family
 from stages.feed import budget_of
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
+from stages.launched import Launched, launched
+from stages.open_engine import open_engine
 from stages.open_sources import index_folder, open_selections
 from stages.plan import Plan
-from stages.precision import start_accelerator
+from stages.precision import check_fp8, start_accelerator
 from stages.prior import is_made, make_prior, prior_folder
-from stages.problems import PlanError, RowsError, RunError
+from stages.problems import PlanError, RowsError
+from stages.processes import Processes
 from stages.reader import to_yaml
 from stages.run import VERSIONS, Run
 from stages.start import read_start
@@ -40,8 +47,24 @@ from stages.track import Log, Trace
 @contextmanager
 def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
     """Open the sources and the run folder, find what is done, and hand out the run. Raises PlanError where plan, data and folder do not fit."""
-    stop = Stop()
-    accelerator = start_accelerator(None if plan.track == "none" else plan.track)
+    with launched(os.environ) as told, closing(Stop()) as stop:
+        accelerator = start_accelerator(None if plan.track == "none" else plan.track)
+        processes = Processes(accelerator, stop)
+        with processes.ending_together():
+            yield from _open_run(plan, folder, told, accelerator, processes, stop, trace=trace)
+
+
+def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator, processes: Processes, stop: Stop, *, trace: bool) -> Iterator[Run]:
+    engine = open_engine(told, accelerator)
+    engine.refuse(plan)
+    if not isinstance(engine, Whole):
+        for index, stage in enumerate(plan.stages):
+            if stage.offload:
+                raise PlanError.at(f"stages[{index}].offload", f"{engine.words} keeps the base's weights itself; remove it, or launch with accelerate_configs/ddp.yaml")
+            if stage.compile:
+                raise PlanError.at(f"stages[{index}].compile", f"blocks are not compiled under {engine.words}, which was not tried; leave it out, or launch with accelerate_configs/ddp.yaml")
+    check_fp8(plan, accelerator.device)
+    check_attention(plan, accelerator.device)
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stages").mkdir(exist_ok=True)
@@ -53,9 +76,12 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
                 least = min(budget.first, budget.last)
                 message = f"a step of {least} image{'s' if least > 1 else ''} cannot be shared by {accelerator.num_processes} processes; start fewer, or make batch larger"
                 raise PlanError.at(f"stages[{index}].batch", message)
+        processes.check_shared(folder, "the run's folder", "pass --out with a folder on a disk that all machines share")
         model = fingerprint(plan.model)
-        priors = _priors(plan, model, folder, accelerator, console)
-        selections = _opened(plan, accelerator, priors)
+        priors = _priors(plan, model, folder, accelerator, processes, engine, console)
+        selections = _opened(plan, processes, priors)
+        rows = {f"what source '{name}' holds": selection.source.fingerprint for name, selection in selections.items()}
+        processes.check_alike({"the plan": sha256(to_yaml(plan).encode()).hexdigest(), "the model": model, **rows})
         for name, selection in selections.items():
             if selection.stream is not None and selection.stream.num_lanes < accelerator.num_processes:
                 lanes = "1 lane" if selection.stream.num_lanes == 1 else f"{selection.stream.num_lanes} lanes"
@@ -74,7 +100,7 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
         keep_bytes = sys.maxsize if last and is_published(folder, last) else newest.state["metrics_bytes"] if newest else 0
         log = Log(folder, accelerator, console, keep_bytes)
         written = Trace(folder, newest.state["trace_bytes"] if newest else 0) if trace and accelerator.is_main_process else None
-        run = Run(plan, folder, accelerator, selections, checkpoints, log, trace, written, stop, model)
+        run = Run(plan, folder, accelerator, processes, engine, selections, checkpoints, log, trace, written, stop, model)
         for message in said:
             run.log.warn(message, "", 0)
         try:
@@ -88,48 +114,42 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
             write_whole(folder / "environment.json", json.dumps(environment(accelerator), indent=1))
         run.log.start_tracker(plan.name, folder.name, {"plan": to_yaml(plan)})
         say_hello(run, newest)
-        accelerator.wait_for_everyone()
+        processes.wait()
         try:
             yield run
         except (TooManyBadRows, TooFewImages, SourceError) as error:
             raise RowsError.at("", str(error)) from None
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 and "closed by peer" in str(error):  # gloo's words (torch 2.13)
-                raise RunError("another process has ended; what it says is the reason") from None
-            raise
         finally:
             if run.cache:
                 run.cache.close()
+            processes.close()
             run.log.close()
             if run.trace:
                 run.trace.close()
-            stop.close()
 
 
-def _priors(plan: Plan, model: str, folder: Path, accelerator: Accelerator, console: Console) -> dict[str, Path]:
+def _priors(plan: Plan, model: str, folder: Path, accelerator: Accelerator, processes: Processes, engine: Engine, console: Console) -> dict[str, Path]:
     """Where the images lie that the model makes itself; those that are not there are made."""
     places = {name: prior_folder(plan, name, model, Path.cwd(), folder) for name, source in plan.sources.items() if source.prior is not None}
-    if missing := [name for name, place in places.items() if not is_made(place)]:
+    made = processes.gathered({name: is_made(place) for name, place in places.items()})  # all have seen what is missing before any of it is made
+    if missing := [name for name in places if not all(of_process[name] for of_process in made)]:
+        places[missing[0]].parent.mkdir(parents=True, exist_ok=True)
+        processes.check_shared(places[missing[0]].parent, "the cache's folder", "processes make a prior's images together: name a cache.folder on a disk that all machines share")
         family = open_family(plan.model, accelerator.device)
-        accelerator.wait_for_everyone()  # all have seen what is missing before any of it is made
         for name in missing:
-            make_prior(plan, name, places[name], family, accelerator, Path.cwd(), console.print if accelerator.is_main_process else lambda message: None)
+            make_prior(plan, name, places[name], family, accelerator, engine, Path.cwd(), console.print if accelerator.is_main_process else lambda message: None)
     return places
 
 
-def _opened(plan: Plan, accelerator: Accelerator, priors: Mapping[str, Path]) -> dict[str, Selection]:
-    """The sources; the main process looks at them first, and the others read what it has noted."""
+def _opened(plan: Plan, processes: Processes, priors: Mapping[str, Path]) -> dict[str, Selection]:
+    """The sources; the main process looks at them first, then the first of each machine, and the others read what it has noted."""
     if index_folder(plan) is None:
         return open_selections(plan, Path.cwd(), priors)
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return open_selections(plan, Path.cwd(), priors)
-    try:
-        return open_selections(plan, Path.cwd(), priors)
-    finally:
-        accelerator.wait_for_everyone()  # also where the plan is wrong: then the others find that out too
-
-
+    selections: dict[str, Selection] = {}
+    for is_mine in processes.turns():
+        if is_mine:
+            selections = open_selections(plan, Path.cwd(), priors)
+    return selections
 
 
 @contextmanager
@@ -165,7 +185,7 @@ def _device_name(accelerator: Accelerator) -> str:
 def say_hello(run: Run, newest: Checkpoint | None) -> None:
     """The first lines: what is trained, on what, and whether it is gone on with."""
     processes = run.accelerator.num_processes
-    run.log.say(f"[bold]{run.plan.name}[/bold]: {len(run.plan.stages)} stages on {_device_name(run.accelerator)}, {processes} {'process' if processes == 1 else 'processes'}, into {run.folder}")
+    run.log.say(f"[bold]{run.plan.name}[/bold]: {len(run.plan.stages)} stages on {_device_name(run.accelerator)}, {processes} {'process' if processes == 1 else 'processes'}{f' by {run.engine.words}' if run.engine.words else ''}, into {run.folder}")
     for name, selection in run.selections.items():
         bad = f", {len(selection.source.bad)} bad rows left out" if selection.source.bad else ""
         rows = f"{selection.size:,} rows to train on" if selection.stream is None else f"a stream in {selection.stream.num_lanes} lanes"
@@ -182,6 +202,7 @@ def say_hello(run: Run, newest: Checkpoint | None) -> None:
                 "model": run.plan.model if isinstance(run.plan.model, str) else run.plan.model.repo,
                 "device": _device_name(run.accelerator),
                 "processes": processes,
+                "engine": run.engine.words,
                 "versions": {name: version(name) for name in VERSIONS},
                 "resumed_from": resumed,
             }

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from stages.plan import LearningRate, Optimizer
+from stages.sharing import shared_like, whole
 
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu", "hpu")  # where torch 2.13 has AdamW as one kernel
 _SECOND = ("exp_avg_sq", "state2")  # what an optimizer may call its second moment; every one has it from its first step
 _FIRST = ("exp_avg", "state1", "absmax1")  # and its first; 8-bit numbers are times the largest of their block, so those of zero are zero
+AVERAGED = ("exp_avg", "exp_avg_sq")
+"""The moments of AdamW."""
 _OF_ALL = ("d", "d_max", "d_numerator", "k")  # of Prodigy: one number each for all weights together
 
 
@@ -89,7 +92,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
 
 
 def _as_tensor(value: Tensor | int) -> Tensor:
-    return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+    return whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def by_name(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `optimizer_state` gave, of each parameter: name to field to value; of all together under the empty name."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, field = key.rpartition("::")
+        saved.setdefault(name, {})[field] = value
+    return saved
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], *, zero_first: bool = False) -> list[str]:
@@ -98,10 +110,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[s
     zero_first: with the first moment set to zero (`handoff: {optimizer: keep_v}`). state: what the same optimizer saved. Prodigy's step size is reckoned
     from all of its weights, so where one got nothing, none does.
     """
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        name, _, field = key.rpartition("::")
-        saved.setdefault(name, {})[field] = value
+    saved = by_name(state)
     fresh = [name for name, parameter in parameters.items() if not any(field in _SECOND and value.shape == parameter.shape for field, value in saved.get(name, {}).items())]
     of_all = saved.get("", {})
     if of_all and fresh:
@@ -123,6 +132,8 @@ def _as_held(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, field: s
     if value.dtype == torch.int64:
         return int(value)
     counts_beside = field == "step" and not optimizer.param_groups[0].get("fused")  # AdamW that is not fused counts on the CPU
+    if value.shape == parameter.shape:
+        return shared_like(value, parameter)
     return value.to("cpu" if counts_beside else parameter.device, copy=True)
 
 
@@ -135,6 +146,10 @@ class Average:
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.values = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take the values of a checkpoint, which are whole."""
+        self.values = {name: shared_like(saved[name], value) for name, value in self.values.items()}
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:

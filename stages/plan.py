@@ -15,9 +15,9 @@ BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(MB|GB|TB|MiB|GiB|TiB)$"
 
 Task = Literal["text_to_image", "subject", "control", "edit", "other", "entity"]
 Role = Literal["target", "reference", "prompt", "entity_prompts", "entity_masks"]
-Precision = Literal["fp32", "bf16", "fp16"]
-Storage = Literal["fp32", "bf16", "nf4", "int8"]
-Quantised = Literal["nf4", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Storage = Literal["fp32", "bf16", "nf4", "int8", "fp8"]
+Quantised = Literal["nf4", "int8", "fp8"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
@@ -382,6 +382,33 @@ class MixRamp(_Word):
     """The mix of the last step."""
 
 
+class MixAdaptive(_Word):
+    """A mix that follows held-out losses: at each evaluation inside the stage (`evaluate: {every: ...}`) shares are moved, within a band around the plan's own. What is drawn
+    stays exact, and a run that is gone on with draws what it would have drawn. Each change is printed, and stands in metrics.jsonl, in the ledger and in the report."""
+
+    adaptive: StillMix
+    """The mix that it begins with, and stays near."""
+    follows: Literal["progress", "balance"] = "progress"
+    """`progress`: what gets better by being drawn gets more, and so does what got worse than it was by more than `tolerance`. `balance`: what is further
+    above its loss in `targets`, relative to it, gets more."""
+    band: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] = 2.0
+    """By which factor a share may become larger or smaller than the plan's. With 2, every source is drawn at least half as often as the plan says."""
+    floor: Fraction = 0.02
+    """No share falls below it, unless the plan's own is smaller."""
+    ceiling: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.95
+    """No share rises above it, unless the plan's own is larger."""
+    change: Annotated[float, Field(gt=1, le=10, allow_inf_nan=False)] = 1.25
+    """By which factor a share may change at one evaluation."""
+    lookback: Annotated[int, Field(strict=True, ge=1, le=20)] = 3
+    """`progress`: over how many evaluations it is measured; before so many have passed in the stage nothing changes."""
+    tolerance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.1
+    """`progress`: how far a loss may rise above its lowest, relative to it, before its source gets more."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """`progress`: a source whose rows were drawn more often than this gets no more for a loss that rises, which then is overfitting."""
+    targets: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """`balance`: the loss of each source that is in reach, say the one that a run with this source alone comes to."""
+
+
 class Every(_Word):
     """Of so many blocks, one."""
 
@@ -389,6 +416,8 @@ class Every(_Word):
     """`2` is every second block. More keep more activations and take less time."""
 
 
+Attention = Literal["auto", "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash"]
+Compile = Annotated[bool | Literal["aot_eager"], Field(union_mode="left_to_right")]
 Checkpointing = Annotated[Literal["auto", "none", "full"] | Every, Field(union_mode="left_to_right")]
 
 
@@ -408,18 +437,32 @@ class Stage(_Word):
     resolutions, in their own exact shares; held-out rows and previews are then seen at the largest."""
     buckets: Buckets = Buckets()
     """To which shapes images are scaled and cropped."""
-    mix: Annotated[StillMix | MixRamp, Field(union_mode="left_to_right")] = "natural"
+    mix: Annotated[StillMix | MixRamp | MixAdaptive, Field(union_mode="left_to_right")] = "natural"
     """Shares of the sources, counted in images: `natural` (by size after `take`), {power: 0.5} (by size to that power), or shares by name
-    (any numbers of at least 0; they are normalised). A source that is not named is not drawn. {from, to} changes from one mix to another over the stage."""
+    (any numbers of at least 0; they are normalised). A source that is not named is not drawn. {from, to} changes from one mix to another over the stage, and {adaptive} as held-out losses say."""
     precision: Precision = "bf16"
-    """What the stage multiplies in. fp16 uses loss scaling: a step whose gradients leave its range is skipped, which moves neither weights, average nor learning rate on."""
+    """What the stage multiplies in. fp16 uses loss scaling: a step whose gradients leave its range is skipped, which moves neither weights, average nor learning rate on. fp8 is bf16
+    but for the products of the blocks' frozen layers on the way forwards, made in fp8; it is for GPUs of compute capability 8.9 and later (Ada, Hopper, Blackwell),
+    and elsewhere the run is refused before it loads anything."""
     base: Storage | None = None
     """What the frozen weights are stored in. nf4 and int8 are for the linear layers of the transformer's blocks, in about 4.5 and 8 bits a weight; the rest
-    is then stored as if nothing were said. Left out: bf16 for `precision: bf16`, unless `train: full`; else fp32 (fp16 and bf16 do not mix in every model)."""
+    is then stored as if nothing were said. fp8 (e4m3, a scale for each row) goes with `precision: fp8` and with no other. Left out: bf16 for `precision: bf16`, unless `train: full`; else fp32 (fp16 and bf16 do not mix in every model)."""
     checkpointing: Checkpointing = "auto"
     """Which of the transformer's blocks let go of their activations and compute them again for the gradient, which is the same to the bit: memory is saved,
     and time is spent. `none`; `full`, all of them; {every: 2}, every second one; `auto`: all, on a GPU and with more than 2 billion parameters,
     else none."""
+    attention: Attention = "auto"
+    """Which kernel computes attention, as diffusers names them: `native`, torch's choice; its `_native_flash`, `_native_cudnn`, `_native_efficient` and
+    `_native_math`; `flash`, of the package flash-attn. `auto` leaves it as it is, and most often is native. For Flux, Flux 2, Qwen-Image, Wan and Z-Image. Before
+    anything is loaded it is tried on the device. Sage and flash 3 have no gradient in diffusers, and what comes from the Hub is code: neither is offered."""
+    compile: Compile = False
+    """Whether steps run the transformer's blocks as code that torch.compile makes for them at the stage's first step, and again for shapes that come later; it takes
+    minutes, and is worth it on a GPU, in stages of many steps. `true`: by inductor, the same within rounding. `aot_eager`: taken apart and put together
+    again without making anything faster, to look for faults; the same to the bit. Evaluation and previews run the blocks as they are."""
+    offload: bool = False
+    """Whether the weights of the linear layers of the transformer's blocks stay in the CPU's memory and come to the device for each product, forwards and again
+    backwards, the next layer's while this one's is made: what is learnt is the same, memory is saved, and time is spent. On a CPU it changes nothing.
+    Not with `train: full`."""
     train: Literal["adapter", "full"] | list[str] = "adapter"
     """`adapter`: the whole adapter, or all of them. `full`: the transformer's own weights. A list: each entry the name of an adapter, or a pattern: the
     pairs on modules whose full name matches it, of one adapter where its name and a colon stand before (`cond:transformer_blocks\\..*`). What does

@@ -133,6 +133,7 @@ _WHERE = {
     "Change": "stages: batch: images, tokens",
     "MicroTokens": "stages: batch: micro",
     "MixRamp": "stages: mix",
+    "MixAdaptive": "stages: mix: adaptive",
     "Power": "stages: mix: power",
     "Every": "stages: checkpointing",
     "Optimizer": "stages: optimizer",

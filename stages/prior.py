@@ -18,12 +18,13 @@ from mixing.keys import key
 from mixing.rows import NoRows
 from mixing.selected import Selection
 from mixing.source import Source
+from stages.engine import Engine
 from stages.families.family import Family
 from stages.families.open import fingerprint
-from stages.plan import MixRamp, Plan, Prior, Stage
+from stages.plan import Plan, Prior, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.resolved import main_resolution, quantised
+from stages.resolved import main_resolution, quantised, still_mixes
 from stages.sampler import Sampler, sample
 from stages.shown import Shown
 from stages.storage import Stored, load_stored
@@ -58,8 +59,7 @@ def _first_drawing(plan: Plan, name: str) -> Stage:
 
 
 def _draws(stage: Stage, name: str) -> bool:
-    mixes = (stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,)
-    return any(not isinstance(mix, Mapping) or mix.get(name) for mix in mixes)
+    return any(not isinstance(mix, Mapping) or mix.get(name) for mix in still_mixes(stage))
 
 
 def prior_folder(plan: Plan, name: str, model: str, root: Path, otherwise: Path) -> Path:
@@ -87,7 +87,7 @@ def priors_made(plan: Plan, root: Path) -> dict[str, Path]:
     return {name: place for name, place in places.items() if is_made(place)}
 
 
-def make_prior(plan: Plan, name: str, folder: Path, family: Family, accelerator: Accelerator, root: Path, say: Callable[[str], None]) -> None:
+def make_prior(plan: Plan, name: str, folder: Path, family: Family, accelerator: Accelerator, engine: Engine, root: Path, say: Callable[[str], None]) -> None:
     """Make a prior source's images with the untrained model, shared out among the processes, each with its prompt in a .txt beside it.
 
     Image i has prompt i modulo their number, and noise keyed by (seed, source, i), so they do not depend on the processes. What is half made is made anew.
@@ -105,19 +105,22 @@ def make_prior(plan: Plan, name: str, folder: Path, family: Family, accelerator:
     accelerator.wait_for_everyone()
     on_gpu = family.device.type == "cuda"
     # Quantised where the first stage that draws the source is, for where that fits the model fits.
-    transformer = load_stored(family, Stored(torch.bfloat16 if on_gpu else torch.float32, quantised(_first_drawing(plan, name))), None)
+    wanted = Stored(torch.bfloat16 if on_gpu else torch.float32, quantised(_first_drawing(plan, name)))
+    transformer = engine.place(load_stored(family, wanted, None, device=engine.loads_on))
     sampler = Sampler(prior.steps, StagePrecision("bf16" if on_gpu else "fp32", family.device), prior.guidance)
     shape = family.encode_images(torch.zeros(1, 3, side, side)).shape[1:]
-    for number, first in enumerate(range(0, prior.count, _AT_ONCE)):
-        if number % accelerator.num_processes != accelerator.process_index:
-            continue
-        images = range(first, min(first + _AT_ONCE, prior.count))
-        asked = [prompts[image % len(prompts)] for image in images]
-        shown = Shown(torch.empty(len(asked), *shape), family.encode_prompts(asked), (), None)
-        made = family.decode_latents(sample(family, transformer, shape, [key(plan.seed, "prior", name, image) for image in images], shown, sampler))
-        for image, prompt, pixels in zip(images, asked, made, strict=True):
-            from_tensor(pixels.cpu()).save(partial / f"{image:06d}.png")
-            (partial / f"{image:06d}.txt").write_text(prompt, encoding="utf-8")
+    with engine.shared_out(transformer):
+        for number, first in enumerate(range(0, prior.count, _AT_ONCE)):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            images = range(first, min(first + _AT_ONCE, prior.count))
+            asked = [prompts[image % len(prompts)] for image in images]
+            shown = Shown(torch.empty(len(asked), *shape), family.encode_prompts(asked), (), None)
+            made = family.decode_latents(sample(family, transformer, shape, [key(plan.seed, "prior", name, image) for image in images], shown, sampler))
+            for image, prompt, pixels in zip(images, asked, made, strict=True):
+                from_tensor(pixels.cpu()).save(partial / f"{image:06d}.png")
+                (partial / f"{image:06d}.txt").write_text(prompt, encoding="utf-8")
+    engine.release(transformer)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / _DONE).write_text(json.dumps({"images": prior.count, "prompts": len(prompts)}), encoding="utf-8")

@@ -55,6 +55,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, though plan and data are right; the message says what was found and what to do."""
 
 
+class LaunchError(RunError):
+    """What was launched is not what takes part, or is told something that would be ignored."""
+
+
 def _order(problem: Problem) -> tuple[int, str, int, int, str, str]:
     placed = re.fullmatch(r"(.*):(\d+):(\d+)", problem.place, re.DOTALL)
     if placed is None:

@@ -7,7 +7,14 @@ from typing import Literal
 
 from stages.objectives.windows import Windows
 from stages.placed import newest, placed_adapters
-from stages.plan import Batch, Change, LearningRate, Level, Plan, Quantised, Ramped, Stage, Storage, Timesteps
+from stages.plan import Batch, Change, LearningRate, Level, MixAdaptive, MixRamp, Plan, Quantised, Ramped, Stage, StillMix, Storage, Timesteps
+
+
+def still_mixes(stage: Stage) -> tuple[StillMix, ...]:
+    """The mixes that a stage names: one; of a ramp the first and the last; of an adaptive mix the one that it stays near."""
+    if isinstance(stage.mix, MixRamp):
+        return stage.mix.first, stage.mix.last
+    return (stage.mix.adaptive,) if isinstance(stage.mix, MixAdaptive) else (stage.mix,)
 
 
 def resolved_batch(stage: Stage) -> Batch:
@@ -112,19 +119,21 @@ def resolved_rate(stage: Stage) -> LearningRate:
 
 def resolved_storage(stage: Stage) -> Storage:
     """What the stage's frozen weights are stored in."""
-    return plain_storage(stage) if stage.base is None else stage.base
+    return quantised(stage) or plain_storage(stage)
 
 
 def quantised(stage: Stage) -> Quantised | None:
     """What the stage's blocks are quantised to; None leaves them as they are."""
-    return stage.base if stage.base == "nf4" or stage.base == "int8" else None
+    if stage.base is None:
+        return "fp8" if stage.precision == "fp8" and stage.train != "full" else None
+    return None if stage.base == "fp32" or stage.base == "bf16" else stage.base
 
 
 def plain_storage(stage: Stage) -> Literal["fp32", "bf16"]:
-    """What those of the stage's frozen weights are stored in that are not quantised: all of them, unless the base is nf4 or int8."""
+    """What those of the stage's frozen weights are stored in that are not quantised: all of them, unless the base is nf4, int8 or fp8."""
     if stage.base == "fp32" or stage.base == "bf16":
         return stage.base
-    return "bf16" if stage.precision == "bf16" and stage.train != "full" else "fp32"
+    return "bf16" if stage.precision in ("bf16", "fp8") and stage.train != "full" else "fp32"
 
 
 def resolved_plan(plan: Plan) -> Plan:

@@ -20,6 +20,7 @@ from mixing.selected import Selection
 from stages.cache import Cache
 from stages.checkpoint import Checkpoint, write_whole
 from stages.digests import FileDigests, file_digest
+from stages.engine import Engine
 from stages.evaluate import Measured, evaluate
 from stages.families.facts import tasks_of
 from stages.families.family import Family
@@ -32,6 +33,7 @@ from stages.open_cache import open_cache
 from stages.plan import Plan, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
+from stages.processes import Processes
 from stages.resolved import main_resolution, quantised, windows_of
 from stages.sampler import Sampler
 from stages.sampling import Judge, accuracy, fit_judge
@@ -49,6 +51,9 @@ class Run:
     plan: Plan
     folder: Path
     accelerator: Accelerator
+    processes: Processes
+    engine: Engine
+    """How the processes train a model together."""
     selections: Mapping[str, Selection]
     checkpoints: list[Checkpoint | None]
     """The newest of each stage, or None."""
@@ -153,7 +158,9 @@ class Run:
         known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
         if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
             precision = StagePrecision(stage.precision, self.accelerator.device)
-            transformer = load_stored(self.family, stored(stage), None, stage.expert)
+            loaded = load_stored(self.family, stored(stage), None, stage.expert, self.engine.loads_on)
+            self.processes.wait()  # a machine may have had to fetch it first
+            transformer = self.engine.place(loaded)
             measured = evaluate(
                 self.family,
                 transformer,
@@ -165,17 +172,19 @@ class Run:
                 unreadable=lambda row: None,  # the stage's first evaluation reads the same rows and names them
                 windows=windows_of(stage),
                 t_range=self.t_range(stage),
+                in_step=self.engine.shared_out(transformer),
             )
             outputs = known | probe(self.family, transformer, batches, precision, self.plan.seed)
             untrained = None
             if self._is_judged(stage):
                 untrained = self.judged(transformer, stage, self.sampler(stage, precision, {}))
+            self.engine.release(transformer)
             if self.accelerator.is_main_process:
                 measured.save(folder / f"{name}.json")
                 write_whole(folder / f"{name}-accuracy.json", json.dumps(untrained))
                 save_file(outputs, folder / f".{name}.partial")
                 (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
-            self.accelerator.wait_for_everyone()
+            self.processes.wait()
         judged = json.loads((folder / f"{name}-accuracy.json").read_text(encoding="utf-8"))
         return Measured.load(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors"), judged["accuracy"] if judged else None
 
@@ -197,6 +206,7 @@ class Run:
             sampler=sampler,
             seed=self.plan.seed,
             accelerator=self.accelerator,
+            in_step=self.engine.shared_out(transformer),
         )
 
     def t_range(self, stage: Stage) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mixing.buckets import Shapes
 from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
 from mixing.selected import Selection
+from stages.engine import ALONE
 from stages.families.family import Family
 from stages.sampler import Sampler, sample
 from stages.shown import Shown, show
@@ -40,21 +42,34 @@ class Preview:
 
 @torch.no_grad()
 def previews(
-    family: Family, transformer: nn.Module, selections: Mapping[str, Selection], *, rows: int, shapes: Shapes, sampler: Sampler, seed: int, accelerator: Accelerator
+    family: Family,
+    transformer: nn.Module,
+    selections: Mapping[str, Selection],
+    *,
+    rows: int,
+    shapes: Shapes,
+    sampler: Sampler,
+    seed: int,
+    accelerator: Accelerator,
+    in_step: AbstractContextManager[None] = ALONE,
 ) -> list[Preview]:
-    """Samples for the first held-out rows of each source, their noise keyed by (seed, source, row), shared out among the processes; all of them on each."""
+    """Samples for the first held-out rows of each source, their noise keyed by (seed, source, row), shared out among the processes; all of them on each.
+
+    in_step: what they are shared out in, of `Engine.shared_out`.
+    """
     made: list[tuple[int, int, Preview]] = []
-    for number, (name, selection) in enumerate(selections.items()):
-        if number % accelerator.num_processes != accelerator.process_index:
-            continue
-        for batch in read_rows(selection, selection.held_out[:rows].tolist(), shapes)[0]:
-            targets, shown_references = batch.targets.tensor(), [reference.tensor() for reference in batch.references]
-            shown = show(family, batch)
-            keys = [key(seed, "preview", name, row) for row in batch.keys]
-            images = family.decode_latents(sample(family, transformer, shown.x.shape[1:], keys, shown, sampler))
-            for place, image in enumerate(images):
-                of_row = tuple(from_tensor(reference[place]) for reference in shown_references)
-                made.append((number, place, Preview(name, batch.prompts[place], of_row, from_tensor(image.cpu()), from_tensor(targets[place]))))
+    with in_step:
+        for number, (name, selection) in enumerate(selections.items()):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            for batch in read_rows(selection, selection.held_out[:rows].tolist(), shapes)[0]:
+                targets, shown_references = batch.targets.tensor(), [reference.tensor() for reference in batch.references]
+                shown = show(family, batch)
+                keys = [key(seed, "preview", name, row) for row in batch.keys]
+                images = family.decode_latents(sample(family, transformer, shown.x.shape[1:], keys, shown, sampler))
+                for place, image in enumerate(images):
+                    of_row = tuple(from_tensor(reference[place]) for reference in shown_references)
+                    made.append((number, place, Preview(name, batch.prompts[place], of_row, from_tensor(image.cpu()), from_tensor(targets[place]))))
     gathered: list[tuple[int, int, Preview]] = gather_object(made) if accelerator.num_processes > 1 else made
     return [preview for _, _, preview in sorted(gathered, key=lambda entry: entry[:2])]
 
@@ -179,9 +194,18 @@ def fit_judge(folder: Path, resolution: int) -> Judge:
 
 @torch.no_grad()
 def accuracy(
-    family: Family, transformer: nn.Module, selection: Selection, judge: Judge, *, samples: int, sampler: Sampler, seed: int, accelerator: Accelerator
+    family: Family,
+    transformer: nn.Module,
+    selection: Selection,
+    judge: Judge,
+    *,
+    samples: int,
+    sampler: Sampler,
+    seed: int,
+    accelerator: Accelerator,
+    in_step: AbstractContextManager[None] = ALONE,
 ) -> dict[str, float]:
-    """Judge samples made from the held-out captions of a source.
+    """Judge samples made from the held-out captions of a source. in_step: what they are shared out in, of `Engine.shared_out`.
 
     Returns accuracy; shuffled_captions (the same samples against captions moved on by a keyed permutation: what guessing gives); judge_on_real
     (the judge's own score on this source's training images, which it has not seen); each in [0, 1]. Raises JudgeError if no caption names a label.
@@ -195,14 +219,15 @@ def accuracy(
     asked = [captions[number % len(captions)] for number in range(samples)]
     correct: list[tuple[int, str]] = []
     shape = family.encode_images(torch.zeros(1, 3, resolution, resolution)).shape[1:]
-    for number, first in enumerate(range(0, samples, _AT_ONCE)):
-        if number % accelerator.num_processes != accelerator.process_index:
-            continue
-        prompts = asked[first : first + _AT_ONCE]
-        keys = [key(seed, "accuracy", first + place) for place in range(len(prompts))]
-        shown = Shown(torch.empty(len(prompts), *shape), family.encode_prompts(prompts), (), None)
-        images = family.decode_latents(sample(family, transformer, shape, keys, shown, sampler)).cpu()
-        correct += enumerate(judge.predict([from_tensor(image) for image in images]), first)
+    with in_step:
+        for number, first in enumerate(range(0, samples, _AT_ONCE)):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            prompts = asked[first : first + _AT_ONCE]
+            keys = [key(seed, "accuracy", first + place) for place in range(len(prompts))]
+            shown = Shown(torch.empty(len(prompts), *shape), family.encode_prompts(prompts), (), None)
+            images = family.decode_latents(sample(family, transformer, shape, keys, shown, sampler)).cpu()
+            correct += enumerate(judge.predict([from_tensor(image) for image in images]), first)
     gathered: list[tuple[int, str]] = sorted(gather_object(correct)) if accelerator.num_processes > 1 else correct
     wanted = [judge.label_of(caption) for caption in asked]
     moved = sorted(range(samples), key=lambda number: key(seed, "shuffled", number))

@@ -13,6 +13,7 @@ from stages.encode import encode
 from stages.families.base import RegionTexts, Text
 from stages.families.family import Family
 from stages.objectives.parts import Part
+from stages.sent import sent
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Shown:
         if len(part.rows) == len(self.x):
             text, references, regions = self.text, self.references, self.regions
         else:
-            rows = part.rows.to(self.x.device)
+            rows = sent(part.rows, self.x.device)
             text, references = self.text.rows(rows), tuple(reference[rows] for reference in self.references)
             regions = None if self.regions is None else self.regions.rows(rows)
         return family.predict(transformer, part.noised, part.t, text, references if part.has_references else (), regions=regions, scale=part.scale)
@@ -51,6 +52,6 @@ def show(family: Family, batch: MicroBatch, prompts: Sequence[str] | None = None
     regions = None
     if batch.regions:
         own = [region.prompts for region in batch.regions] if region_prompts is None else region_prompts
-        masks = torch.stack([region.masks for region in batch.regions], dim=1).to(family.device)
+        masks = sent(torch.stack([region.masks for region in batch.regions], dim=1), family.device)
         regions = RegionTexts(tuple(family.encode_prompts(each) for each in own), masks)
     return Shown(x, text, references, regions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.resolved import main_resolution, objective_words, resolution_words, resolved_batch, resolved_levels, resolved_storage, step_words
+from stages.sharing import numbers
 
 if TYPE_CHECKING:
     from stages.leg import Leg
@@ -30,7 +31,7 @@ def stage_event(leg: Leg) -> dict[str, Any]:
         "optimizer": stage.optimizer.name,
         "skipped": leg.skipped,
         "train": stage.train,
-        "trainable": sum(parameter.numel() for parameter in leg.trainable.values()),
+        "trainable": sum(numbers(parameter) for parameter in leg.training.trainable.values()),
         "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),
         "mix": leg.mixture.asked,
         "tokens_per_step": leg.mixture.tokens_before(stage.steps) / stage.steps,

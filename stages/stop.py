@@ -9,7 +9,6 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
 
 
 class Stop:
@@ -20,6 +19,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._group: torch.distributed.ProcessGroup | None = None
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if _in_main_thread() else {}
         for number in self._before:
@@ -31,11 +31,18 @@ class Stop:
         self.signal = number
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was told to stop. Every process must ask at the same step."""
+        """Whether any process was told to stop. Every process must ask at the same step.
+
+        They ask one another by their CPUs, also where they have GPUs: a question that goes through a GPU is answered only once it has done all that it was given
+        before, and then waits for the next step's work.
+        """
         if self._launcher is not None and os.getppid() != self._launcher:
             self.signal = self.signal or int(signal.SIGTERM)
         if accelerator.num_processes > 1:
-            told = reduce(torch.tensor([self.signal or 0], device=accelerator.device), reduction="sum")
+            if accelerator.device.type != "cpu" and self._group is None:
+                self._group = torch.distributed.new_group(backend="gloo")
+            told = torch.tensor([self.signal or 0])
+            torch.distributed.all_reduce(told, group=self._group)
             if int(told) and self.signal is None:
                 self.signal = int(signal.SIGTERM)
         return self.signal is not None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mixing.columns import TASKS
-from stages.plan import LearningRate, MixRamp, Plan, Source, Stage
+from stages.plan import LearningRate, Plan, Source, Stage
 from stages.problems import Location
-from stages.resolved import resolved_storage
+from stages.resolved import resolved_storage, still_mixes
 
 
 def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
@@ -69,7 +69,7 @@ def _of_source(name: str, source: Source, plan: Plan) -> Iterator[tuple[Location
 
 def _mixes(plan: Plan) -> Iterator[object]:
     for stage in plan.stages:
-        yield from (stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,)
+        yield from still_mixes(stage)
 
 
 def _of_stage(stage: Stage, *, is_first: bool, several: bool) -> Iterator[tuple[Location, str]]:

@@ -58,6 +58,9 @@ class _Everything:
     def get(self, key: bytes) -> NDArray[np.float32]:
         return np.empty(0, dtype=np.float32)
 
+    def hash_of(self, path: Path) -> tuple[bytes, bytes | None]:
+        return self.kept.hash_of(path)
+
 
 def verify_cache(plan: Plan, console: Console) -> bool:
     """Look at some rows of every source, as every stage sees them; say what was found, and whether all of it is what the encoders make.

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ from ruamel.yaml import YAML
 
 import train
 from models import tiny_flux
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+FSDP2 = MappingProxyType({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"})
+"""What `accelerate launch` with accelerate_configs/fsdp2.yaml tells the processes."""
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220)}
 
@@ -168,8 +173,11 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None = None, record: Path | None = None, output: Path | None = None, timeout: int = 120) -> list[int]:
-    """Run train.py in forked processes; return their exit codes, -9 for one that was killed. kill_at: after so many events of the main one, all die."""
+def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None = None, record: Path | None = None, output: Path | None = None, timeout: int = 120, told: Mapping[str, str] = NOTHING) -> list[int]:
+    """Run train.py in forked processes; return their exit codes, -9 for one that was killed. kill_at: after so many events of the main one, all die.
+
+    told: variables that a launcher sets beside, for the engine.
+    """
     port = _free_port()
     children = []
     for rank in range(processes):
@@ -182,6 +190,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put its own in their place
+                os.environ.update(told)
                 if processes > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                     torch.set_num_threads(1)  # as a launcher sets it; two threads each on two cores take twice as long
@@ -209,12 +218,12 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
     return codes
 
 
-def carry_out(folder: Path, plan: Mapping[str, Any], *options: str, processes: int = 1, kill_at: int | None = None, record: Path | None = None, expect: int = 0) -> str:
+def carry_out(folder: Path, plan: Mapping[str, Any], *options: str, processes: int = 1, kill_at: int | None = None, record: Path | None = None, expect: int = 0, told: Mapping[str, str] = NOTHING) -> str:
     """Carry out a plan in forked processes; returns what they printed. expect: their exit code; of one that is killed only the main one's is looked at."""
     file = write_plan(folder.with_suffix(".yaml"), plan)
     output = folder.with_suffix(".log")
     output.unlink(missing_ok=True)
-    codes = launch([str(file), "--out", str(folder), *options], processes=processes, kill_at=kill_at, record=record, output=output)
+    codes = launch([str(file), "--out", str(folder), *options], processes=processes, kill_at=kill_at, record=record, output=output, told=told)
     assert codes == [expect] * processes if kill_at is None else codes[0] == -signal.SIGKILL, output.read_text()
     return output.read_text()
 

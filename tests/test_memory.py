@@ -378,9 +378,11 @@ def selection(name: str, classes: dict[RowClass, int]) -> Selection:
 @pytest.mark.parametrize(
     ("changes", "cures"),
     [
-        ({"batch": {"images": 6, "micro": 3}}, "stages[2].batch.micro: 1, or stages[2].checkpointing: full, or a stages[2].resolution below 8, or stages[2].base: bf16, with precision: bf16"),
-        ({"batch": 1, "checkpointing": "full", "precision": "bf16"}, "a stages[2].resolution below 8, or stages[2].base: nf4"),
-        ({"batch": {"tokens": 99}, "train": "full", "checkpointing": "full"}, "stages[2].batch.micro: 1, or a stages[2].resolution below 8, or stages[2].train: adapter"),
+        ({"batch": {"images": 6, "micro": 3}}, "stages[2].batch.micro: 1, or stages[2].base: bf16, with precision: bf16, or stages[2].checkpointing: full, or stages[2].offload: true, or a stages[2].resolution below 8"),
+        ({"batch": 1, "checkpointing": "full", "precision": "bf16"}, "stages[2].base: nf4, or stages[2].offload: true, or a stages[2].resolution below 8"),
+        ({"batch": 1, "checkpointing": "full", "precision": "bf16", "base": "nf4", "offload": True}, "a stages[2].resolution below 8"),
+        ({"batch": {"tokens": 99}, "train": "full", "checkpointing": "full"}, "stages[2].batch.micro: 1, or stages[2].optimizer.name: adamw8bit, or a stages[2].resolution below 8, or stages[2].train: adapter"),
+        ({"batch": 1, "train": "full", "checkpointing": "full", "ema": 0.9, "optimizer": {"name": "adamw8bit"}}, "no stages[2].ema, or a stages[2].resolution below 8, or stages[2].train: adapter"),
     ],
 )
 def test_what_takes_less_memory_is_named_and_nothing_that_the_plan_has_already(changes: dict[str, Any], cures: str) -> None:

@@ -17,7 +17,7 @@ from mixing.order import Budget, Cell, Drawn, Order
 from mixing.permutation import permute
 from mixing.quota import Quota
 from mixing.share_out import share_out
-from mixing.shares import Ramp, integers, ramp_steps, shares, weights
+from mixing.shares import Ramp, integers, mix_steps, shares, weights
 
 MIXES = 300
 
@@ -379,7 +379,7 @@ def test_a_ramp_of_shares_is_followed_to_within_a_few_images_at_every_step() -> 
     steps = 1000
     mix = Ramp({"a": 8, "b": 2}, {"b": 5, "c": 5})
     sizes = {"a": 100, "b": 300, "c": 50}
-    parts = ramp_steps(mix, sizes, steps)
+    parts = mix_steps(mix, sizes, steps)
     cells = [cell_of(name, rows, Fraction(1), "x" if name != "c" else "y", 4) for name, rows in sizes.items()]
     order = Order(1, "stage", cells, Budget("images", 16, 16, steps), [(first, [part[name] for name in sizes]) for first, part in parts])
     way = np.arange(steps) / (steps - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -11,15 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from models import tiny_flux
+from runs import carry_out, events, make_world, plan_of
 from stages.adapter import add_adapter, choose_trainable, without_input_casts
 from stages.check import check_plan
 from stages.families.family import Family
 from stages.families.flux import Flux
+from stages.memory import lasting, let_go
 from stages.plan import Adapter
-from stages.precision import DTYPES, LaunchError, Multiplied, StagePrecision, start_accelerator
+from stages.precision import DTYPES, Multiplied, StagePrecision, start_accelerator
+from stages.problems import LaunchError
 from stages.reader import read_plan
 from stages.resolved import resolved_storage
 
@@ -215,7 +220,7 @@ def test_two_cpu_processes_asked_for_and_one_started_is_refused_with_the_cure(tm
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate 1.15)."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from stages.precision import LaunchError, start_accelerator\ntry:\n    start_accelerator(None)\nexcept LaunchError as error:\n    print('refused:', error)\n"
+        "from stages.precision import start_accelerator\nfrom stages.problems import LaunchError\ntry:\n    start_accelerator(None)\nexcept LaunchError as error:\n    print('refused:', error)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -234,3 +239,64 @@ def test_a_product_over_one_number_is_not_counted() -> None:
         torch.rand(3, 1) @ torch.rand(1, 4)
         torch.rand(3, 2, dtype=torch.bfloat16) @ torch.rand(2, 4, dtype=torch.bfloat16)
     assert watch.verdict() == "bf16"
+
+
+# --- switching --------------------------------------------------------------------------------------------------------------------------
+
+SWITCHES = [("fp32", None), ("bf16", None), ("fp16", None), ("fp32", None), ("bf16", "nf4"), ("bf16", "int8"), ("fp32", None), ("bf16", None)]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stages_of_all_precisions_and_storages_follow_one_another_and_leave_nothing_behind(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven switches in one launch: what is held at the end of the stage that the sixth led to, against that of the first, which has seen the kernels of both lengths."""
+    world, counts = make_world(tmp_path / "world"), tmp_path / "counts"
+
+    def counted(device: torch.device) -> int:
+        held = let_go(device)
+        alive = [each for each in gc.get_objects() if isinstance(each, FluxTransformer2DModel | torch.Tensor)]
+        with (counts.with_suffix(f".{os.environ.get('RANK', '0')}")).open("a") as file:
+            file.write(json.dumps([sum(isinstance(each, FluxTransformer2DModel) for each in alive), len(alive)]) + "\n")
+        return held
+
+    monkeypatch.setattr("stages.open_leg.let_go", counted)
+    stage = {"steps": 2, "resolution": 8, "batch": {"images": 8, "micro": 4}, "lr": 0.01}
+    stages = [{**stage, "name": f"s{number}", "precision": mode, **({"base": base} if base else {})} for number, (mode, base) in enumerate(SWITCHES)]
+    carry_out(tmp_path / "run", plan_of(world, stages=stages), processes=processes)
+    said = {line["stage"]: line["multiplied_in"] for line in events(tmp_path / "run", "step")}
+    assert said == {f"s{number}": mode for number, (mode, _) in enumerate(SWITCHES)}
+    held = [line["bytes"] for line in events(tmp_path / "run", "memory") if line["kind"] == "between"]
+    assert len(held) == len(SWITCHES) - 1
+    assert held[6] < 1.05 * held[1]
+    for rank in range(processes):
+        models, objects = zip(*map(json.loads, counts.with_suffix(f".{rank}").read_text().splitlines()), strict=True)
+        assert set(models) == {0}, "no model of a former stage is alive"
+        assert objects[7] <= objects[2] + 20, objects
+
+
+def test_the_collector_passes_over_what_is_there_and_finds_what_comes() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.own = self
+
+    gc.disable()
+    try:
+        with lasting():
+            assert gc.get_freeze_count() > 100_000
+            ring = Ring()
+            del ring
+            assert sum(isinstance(each, Ring) for each in gc.get_objects()) == 1
+            assert let_go(CPU) > 0
+            assert not any(isinstance(each, Ring) for each in gc.get_objects())
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_is_handed_back_at_a_switch(tmp_path: Path) -> None:
+    world, stage = make_world(tmp_path / "world"), {"steps": 2, "resolution": 8, "batch": {"images": 8, "micro": 4}, "lr": 0.01}
+    stages = [{**stage, "name": f"s{number}", "precision": mode, **({"base": base} if base else {})} for number, (mode, base) in enumerate(SWITCHES)]
+    carry_out(tmp_path / "run", plan_of(world, stages=stages))
+    held = [line["bytes"] for line in events(tmp_path / "run", "memory") if line["kind"] == "between"]
+    assert held[6] <= 1.05 * held[1]

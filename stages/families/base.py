@@ -41,6 +41,10 @@ class Text:
 def stacked(texts: Sequence[Text]) -> Text:
     """Single prompts (embeds [L, ...], pooled [P], mask [L]) as one batch, the shorter ones padded with zeros; then there is a mask, if there was none."""
     longest = max(len(text.embeds) for text in texts)
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    of_all = torch.stack(pooled) if pooled else None
+    if all(text.mask is None and len(text.embeds) == longest for text in texts):
+        return Text(torch.stack([text.embeds for text in texts]), of_all)
     embeds, masks = [], []
     for text in texts:
         missing = longest - len(text.embeds)
@@ -48,9 +52,7 @@ def stacked(texts: Sequence[Text]) -> Text:
         embeds.append(nn.functional.pad(text.embeds, padding) if missing else text.embeds)
         mask = torch.ones(len(text.embeds), dtype=torch.bool, device=text.embeds.device) if text.mask is None else text.mask
         masks.append(nn.functional.pad(mask, (0, missing)))
-    has_mask = any(text.mask is not None or len(text.embeds) < longest for text in texts)
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    return Text(torch.stack(embeds), torch.stack(pooled) if pooled else None, torch.stack(masks) if has_mask else None)
+    return Text(torch.stack(embeds), of_all, torch.stack(masks))
 
 
 @dataclass(frozen=True)

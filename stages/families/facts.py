@@ -68,6 +68,16 @@ class FamilyFacts:
     """Pipelines that take one reference and no more."""
     names_images: bool = False
     """Whether a prompt may say where a reference stands in it, by `<|image_1|>`."""
+    text_width: str = ""
+    """The field of the transformer's config that says how many numbers of a token of the prompt it is shown; empty if it embeds words itself."""
+    further_tokens: int = 0
+    """Tokens of a prompt that the transformer is shown beside those that count for a model's size: CLIP's."""
+    tells_mask: bool = False
+    """Whether the transformer is told which tokens of a prompt are words."""
+    names_attention: bool = False
+    """Whether a kernel for the transformer's attention can be chosen by name (diffusers 0.42.1)."""
+    masks_prompts: bool = False
+    """Whether its attention is given a mask where prompts of different length stand in one micro-batch."""
 
 
 def _number(config: Config, name: str, otherwise: int) -> int:
@@ -158,13 +168,13 @@ _REPORTED = "black images and losses that are no number have been reported"
 
 FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
     {
-        "flux": FamilyFacts({"FluxPipeline": (*_IMAGE_TASKS, "entity"), "FluxKontextPipeline": (*_IMAGE_TASKS, "entity")}, _flux, guidance=3.5, guidance_is_told=True, fp16_risk=_CLIPS, takes_scaled_positions=True),
+        "flux": FamilyFacts({"FluxPipeline": (*_IMAGE_TASKS, "entity"), "FluxKontextPipeline": (*_IMAGE_TASKS, "entity")}, _flux, guidance=3.5, guidance_is_told=True, fp16_risk=_CLIPS, takes_scaled_positions=True, text_width="joint_attention_dim", names_attention=True),
         "omnigen": FamilyFacts({"OmniGenPipeline": _IMAGE_TASKS}, _kl(256), guidance=2.5, names_images=True),
-        "pixart": FamilyFacts({"PixArtAlphaPipeline": _TEXT_TASKS, "PixArtSigmaPipeline": _TEXT_TASKS}, _pixart, objective="epsilon", guidance=4.5),
-        "sd3": FamilyFacts({"StableDiffusion3Pipeline": _TEXT_TASKS}, _kl(256), guidance=7.0),
-        "flux2": FamilyFacts({"Flux2Pipeline": _IMAGE_TASKS, "Flux2KleinPipeline": _IMAGE_TASKS}, _flux2, training_shift="by_tokens", guidance=4.0, guidance_is_told=True, fp16_risk=_CLIPS),
-        "lumina2": FamilyFacts({"Lumina2Pipeline": _TEXT_TASKS}, _kl(256), training_shift="by_tokens", guidance=4.0, fp16_risk=_REPORTED),
-        "sana": FamilyFacts({"SanaPipeline": _TEXT_TASKS}, _sana, guidance=4.5, fp16="its linear attention leaves the range of fp16 under autocast, without a warning"),
+        "pixart": FamilyFacts({"PixArtAlphaPipeline": _TEXT_TASKS, "PixArtSigmaPipeline": _TEXT_TASKS}, _pixart, objective="epsilon", guidance=4.5, text_width="caption_channels", tells_mask=True),
+        "sd3": FamilyFacts({"StableDiffusion3Pipeline": _TEXT_TASKS}, _kl(256), guidance=7.0, text_width="joint_attention_dim", further_tokens=77),
+        "flux2": FamilyFacts({"Flux2Pipeline": _IMAGE_TASKS, "Flux2KleinPipeline": _IMAGE_TASKS}, _flux2, training_shift="by_tokens", guidance=4.0, guidance_is_told=True, fp16_risk=_CLIPS, text_width="joint_attention_dim", names_attention=True),
+        "lumina2": FamilyFacts({"Lumina2Pipeline": _TEXT_TASKS}, _kl(256), training_shift="by_tokens", guidance=4.0, fp16_risk=_REPORTED, text_width="cap_feat_dim", tells_mask=True),
+        "sana": FamilyFacts({"SanaPipeline": _TEXT_TASKS}, _sana, guidance=4.5, fp16="its linear attention leaves the range of fp16 under autocast, without a warning", text_width="caption_channels", tells_mask=True),
         "qwen_image": FamilyFacts(
             dict.fromkeys(("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"), (*_IMAGE_TASKS, "entity")),
             _qwen_image,
@@ -172,9 +182,12 @@ FAMILIES: Mapping[str, FamilyFacts] = MappingProxyType(
             fp16_risk=_REPORTED,
             prompts_see_references=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
             one_reference=("QwenImageEditPipeline",),
+            text_width="joint_attention_dim",
+            names_attention=True,
+            masks_prompts=True,
         ),
-        "z_image": FamilyFacts({"ZImagePipeline": _TEXT_TASKS}, _kl(512), training_shift=3.0, guidance=5.0, fp16_risk=_REPORTED),
-        "wan": FamilyFacts({"WanPipeline": _TEXT_TASKS}, _wan, guidance=5.0, experts=("high", "low")),
+        "z_image": FamilyFacts({"ZImagePipeline": _TEXT_TASKS}, _kl(512), training_shift=3.0, guidance=5.0, fp16_risk=_REPORTED, text_width="cap_feat_dim", names_attention=True),
+        "wan": FamilyFacts({"WanPipeline": _TEXT_TASKS}, _wan, guidance=5.0, experts=("high", "low"), text_width="text_dim", names_attention=True),
     }
 )
 """The families by name."""

@@ -26,6 +26,7 @@ from stages.families.base import Architecture, Configs, Inputs, RegionTexts, Tex
 from stages.families.facts import FAMILIES, Config, FamilyFacts, UnsuitableModel
 from stages.objectives.path import Path
 from stages.problems import RunError
+from stages.sent import sent
 
 if TYPE_CHECKING:
     from stages.cache import Cache
@@ -247,7 +248,7 @@ class Family:
 
         One image at a time: the bits of its latents do not depend on the others, so a run with half a cache is the run without one.
         """
-        images = images.to(self.device, torch.float32)
+        images = sent(images, self.device).to(torch.float32)
         if (vae := self.vae) is None:
             return images
         return torch.cat([self.architecture.encode_image(vae, image[None]).float() for image in images])
@@ -271,10 +272,10 @@ class Family:
         """
         said = [self.said(prompt) for prompt in prompts]
         seen = references if self.prompts_see_references else ()
-        names = [_name(prompt, [reference[place] for reference in seen]) for place, prompt in enumerate(said)]
+        names = [_name(prompt, [reference[place] for reference in seen]) for place, prompt in enumerate(said)] if seen else said
 
         def encode(place: int) -> Text:
-            images = [reference[place : place + 1].to(self.device, torch.float32) for reference in seen]
+            images = [sent(reference[place : place + 1], self.device).to(torch.float32) for reference in seen]
             return self.architecture.encode_prompt(self.prompter, said[place], images, self.model, self.device)
 
         return self.texts.encode(names, encode)

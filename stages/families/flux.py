@@ -6,6 +6,7 @@ Works with any folder that diffusers' FluxPipeline reads. A folder whose VAE is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from stages.families.patches import pack, unpack
 from stages.families.regions import attention_mask, token_masks
 from stages.families.schedules import flow_match_sigmas
 from stages.families.shared import decode_kl, encode_kl, one_for_all, rectified_flow
+from stages.sent import sent
 
 # Full module names, matched whole. Attention of both streams, feed-forward of both, and the modulation that DiffSynth's EliGen recipe trains too.
 _ATTENTION = (
@@ -71,15 +73,15 @@ class Flux:
             mask = attention_mask(seen, [entity.embeds.shape[1] for entity in regions.texts], text.embeds.shape[1], others)
         images = [inputs.noised, *inputs.references]
         hidden = torch.cat([pack(image) for image in images], dim=1)
-        positions = [_positions(number, image.shape[2] // 2, image.shape[3] // 2, device, inputs.scale if number == 0 else 1.0) for number, image in enumerate(images)]
+        grids = tuple((image.shape[2] // 2, image.shape[3] // 2) for image in images)
         out = transformer(
             hidden_states=hidden,
             timestep=inputs.t,
             guidance=None if model.guidance is None else torch.full_like(inputs.t, model.guidance),
             pooled_projections=text.pooled.float(),
             encoder_hidden_states=embeds.float(),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-            img_ids=torch.cat(positions),
+            txt_ids=_no_positions(embeds.shape[1], device),
+            img_ids=_positions(grids, device, inputs.scale),
             joint_attention_kwargs=None if mask is None else {"attention_mask": mask},
             return_dict=False,
         )[0]
@@ -107,8 +109,22 @@ def _mu(config: Any, tokens: int) -> float:
     return float(calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift))
 
 
-def _positions(number: int, height: int, width: int, device: torch.device, scale: float = 1.0) -> Tensor:
-    """Position ids float32 [height x width, 3]: which image, row, column. scale: a token stands for so many by so many of the full grid, and lies in their middle."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = (scale * ids.float() + (scale - 1) / 2 for ids in (rows, columns))
-    return torch.stack([torch.full_like(rows, number), rows, columns], dim=-1).reshape(-1, 3).to(device)
+@lru_cache(maxsize=64)  # to make them anew takes a twentieth of a millisecond, and a GPU would be waited for
+def _positions(grids: tuple[tuple[int, int], ...], device: torch.device, scale: float = 1.0) -> Tensor:
+    """Position ids float32 [tokens, 3] of images one after another: which image, row, column. Not to be changed.
+
+    grids: rows and columns of tokens of each. scale: a token of the first stands for so many by so many of the full grid, and lies in their middle.
+    """
+    positions = []
+    for number, (height, width) in enumerate(grids):
+        step = scale if number == 0 else 1.0
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        rows, columns = (step * ids.float() + (step - 1) / 2 for ids in (rows, columns))
+        positions.append(torch.stack([torch.full_like(rows, number), rows, columns], dim=-1).reshape(-1, 3))
+    return sent(torch.cat(positions), device)
+
+
+@lru_cache(maxsize=64)
+def _no_positions(number: int, device: torch.device) -> Tensor:
+    """Those of so many tokens of text, all zeros. Not to be changed."""
+    return torch.zeros(number, 3, device=device)

@@ -10,6 +10,7 @@ where it does; use bf16.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,14 +77,12 @@ class Flux2:
         batch, channels, height, width = inputs.noised.shape
         device, embeds = inputs.noised.device, inputs.text.embeds
         images = [inputs.noised, *inputs.references]
-        words = torch.zeros(embeds.shape[1], 4, device=device)
-        words[:, 3] = torch.arange(embeds.shape[1], device=device)
         out = transformer(
             hidden_states=torch.cat([image.flatten(2).transpose(1, 2) for image in images], dim=1),
             encoder_hidden_states=embeds.float(),
             timestep=inputs.t,
-            img_ids=torch.cat([_positions(_TIME_OF_REFERENCES * number, image.shape[2], image.shape[3], device) for number, image in enumerate(images)]),
-            txt_ids=words,
+            img_ids=_positions(tuple((image.shape[2], image.shape[3]) for image in images), device),
+            txt_ids=_of_words(embeds.shape[1], device),
             guidance=None if model.guidance is None else torch.full_like(inputs.t, model.guidance),
             return_dict=False,
         )[0]
@@ -122,7 +121,19 @@ def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
 
-def _positions(time: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Position ids float32 [height x width, 4]: which image, row, column, 0."""
-    rows, columns = torch.meshgrid(torch.arange(height, device=device).float(), torch.arange(width, device=device).float(), indexing="ij")
-    return torch.stack([torch.full_like(rows, time), rows, columns, torch.zeros_like(rows)], dim=-1).reshape(-1, 4)
+@lru_cache(maxsize=64)
+def _positions(grids: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Position ids float32 [tokens, 4] of images one after another: which image, times 10, row, column, 0. grids: rows and columns of each. Not to be changed."""
+    positions = []
+    for number, (height, width) in enumerate(grids):
+        rows, columns = torch.meshgrid(torch.arange(height, device=device).float(), torch.arange(width, device=device).float(), indexing="ij")
+        positions.append(torch.stack([torch.full_like(rows, _TIME_OF_REFERENCES * number), rows, columns, torch.zeros_like(rows)], dim=-1).reshape(-1, 4))
+    return torch.cat(positions)
+
+
+@lru_cache(maxsize=64)
+def _of_words(number: int, device: torch.device) -> Tensor:
+    """Those of so many words, float32 [number, 4]. Not to be changed."""
+    words = torch.zeros(number, 4, device=device)
+    words[:, 3] = torch.arange(number, device=device)
+    return words

@@ -59,8 +59,8 @@ class PixArt:
         batch, channels, height, width = inputs.noised.shape
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if _is_told_sizes(model):
-            pixels = torch.tensor([[height, width]], dtype=torch.float32, device=inputs.noised.device) * model.sizes.factor
-            sizes = {"resolution": pixels.expand(batch, 2), "aspect_ratio": torch.full((batch, 1), height / width, device=inputs.noised.device)}
+            pixels = [torch.full((batch, 1), float(side * model.sizes.factor), device=inputs.noised.device) for side in (height, width)]
+            sizes = {"resolution": torch.cat(pixels, dim=1), "aspect_ratio": torch.full((batch, 1), height / width, device=inputs.noised.device)}
         out: Tensor = transformer(
             hidden_states=inputs.noised,
             encoder_hidden_states=inputs.text.embeds.float(),

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.sent import sent
+
 
 def token_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which of an image's tokens are inside of which region, bool [B, R, rows x columns]: those of whose pixels any is.
@@ -45,7 +47,7 @@ def attention_mask(token_masks: Tensor, entity_tokens: int | Sequence[int], prom
     if min(*lengths, prompt_tokens, reference_tokens, 0) < 0:
         raise ValueError(f"numbers of tokens are 0 or more; found {lengths} of regions, {prompt_tokens} of the prompt, {reference_tokens} of references")
     device = token_masks.device
-    whose = torch.repeat_interleave(torch.arange(regions + 1, device=device), torch.tensor([*lengths, prompt_tokens], device=device))
+    whose = sent(torch.repeat_interleave(torch.arange(regions + 1), torch.tensor([*lengths, prompt_tokens])), device)
     text = len(whose)
     if text_valid is not None and (text_valid.dtype != torch.bool or text_valid.shape != (batch, text)):
         raise ValueError(f"text_valid: bool [{batch}, {text}] is needed, this is {text_valid.dtype} {list(text_valid.shape)}")

@@ -51,7 +51,8 @@ class Density:
             t = 1 - u - self.scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
         else:
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(quantiles))
-        t = self.shift * t / (1 + (self.shift - 1) * t)
+        if self.shift != 1:
+            t = self.shift * t / (1 + (self.shift - 1) * t)
         return t.clamp(max(_SMALLEST, self.low), min(1 - _SMALLEST, self.high)).float()  # float32 would round the outermost to 0 and 1
 
     def quantile(self, t: float) -> float:
@@ -87,8 +88,14 @@ def stratified(base: int, positions: Sequence[int], first: int, images: int) -> 
 def noise(shape: Sequence[int], image_keys: Sequence[int]) -> Tensor:
     """Standard normal noise, float32 [B, *shape], image i's from its own generator, made on the CPU so that it is the same on every device."""
     # Not torch's CPU generator: of a seed it uses 32 bits (2.13), and a hundred thousand images would share some of their noise.
-    drawn = [np.random.Generator(np.random.Philox(key=image_key)).standard_normal(tuple(shape), dtype=np.float32) for image_key in image_keys]
-    return torch.from_numpy(np.stack(drawn))
+    drawn = np.empty((len(image_keys), *shape), dtype=np.float32)
+    bits = np.random.Philox(key=0)
+    generator, fresh = np.random.Generator(bits), bits.state
+    for own, image_key in zip(drawn, image_keys, strict=True):
+        fresh["state"]["key"][0] = image_key
+        bits.state = fresh  # a Philox of that key, before its first number; to make one takes as long as to draw a thousand numbers
+        generator.standard_normal(dtype=np.float32, out=own)
+    return torch.from_numpy(drawn)
 
 
 def blend(x: Tensor, e: Tensor, t: Tensor) -> Tensor:

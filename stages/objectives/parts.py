@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.objectives.path import Path
+from stages.sent import sent
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Part:
 
     def only(self, chosen: Tensor, *, has_references: bool) -> Part:
         """Those of its images that are chosen. chosen: bool [b], on the CPU."""
-        own = chosen.to(self.noised.device)
+        own = sent(chosen.nonzero().flatten(), self.noised.device)  # by numbers: a GPU asked by true and false tells the CPU how many there are, which waits
         places = None if self.places is None else self.places[own]
         return Part(self.rows[chosen], self.noised[own], self.t[own], self.target[own], self.weight[own], self.scale, places, has_references)
 
@@ -53,3 +54,11 @@ def losses(predicted: Tensor, part: Part) -> Tensor:
     if part.places is None:
         return part.weight * errors(predicted, part)
     return part.weight * ((predicted.float() - part.target).square() * part.places).flatten(1).mean(dim=1)
+
+
+def errors_and_losses(predicted: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Both, of which gradients are taken of the losses alone; together they cost little more than one of them."""
+    if part.places is None:
+        plain = errors(predicted, part)
+        return plain.detach(), part.weight * plain
+    return errors(predicted.detach(), part), losses(predicted, part)

@@ -7,7 +7,7 @@ predicting the noise, or the v of Salimans & Ho 2022 (arXiv:2202.00512).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -72,6 +72,8 @@ class Diffusion:
     alphas_cumprod: tuple[float, ...]
     """a^2 at each of T levels, the least noise first."""
     predicts: Literal["epsilon", "v_prediction"] = "epsilon"
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The same on each device that asked for it: to copy it there is to wait for the device."""
 
     def level(self, t: Tensor) -> Tensor:
         """Which of the T levels, int64 in [0, T): the nearest; the discrete timestep that the transformer is told."""
@@ -79,7 +81,8 @@ class Diffusion:
 
     def _parts(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a and s, float32 [B]."""
-        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)
+        if (table := self._tables.get(t.device)) is None:
+            self._tables[t.device] = table = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)
         power = torch.where(t <= 0, 1.0, table[self.level(t)])
         return power.sqrt().float(), (1 - power).sqrt().float()
 

@@ -25,6 +25,7 @@ from mixing.keys import key
 from stages.objectives import flow
 from stages.objectives.parts import Part
 from stages.objectives.windows import Windows, check_size
+from stages.sent import sent
 
 Loss = Literal["original", "plain"]
 """original: (s_k - e_k)^2 |v - target|^2, which is Pyramid-Flow's loss, and the default: over its level an error of the velocity moves the latents by
@@ -78,18 +79,19 @@ def split(
     """
     check_size(x.shape[2], x.shape[3], windows.levels, patch)
     assert len(levels) == len(r) == len(x)
-    parts = []
+    device, parts = x.device, []
     for level in sorted(set(levels)):
         rows = torch.tensor([row for row, its in enumerate(levels) if its == level])
-        start, end = ends(x[rows.to(x.device)], e[rows.to(e.device)], level, windows)
+        own = sent(rows, device)
+        start, end = ends(x[own], e[sent(rows, e.device)], level, windows)
         last, width = windows.end(level), windows.width(level)
-        asked = last + r[rows.to(r.device)].double() * width
+        asked = last + r[sent(rows, r.device)].double() * width
         t = seen(asked.clamp(_SMALLEST, 1 - _SMALLEST).float())
         # In float64 on the way: 1 - r must be what float32 makes of it, as in `flow.blend`.
         way = ((t.double() - last) / width).view(-1, 1, 1, 1)
-        noised = way.float().to(x.device) * start + (1 - way).float().to(x.device) * end
-        weight = torch.full_like(t, width**2 if loss == "original" else 1.0)
-        parts.append(Part(rows, noised, t.to(x.device), (start - end) / width, weight.to(x.device), windows.scale(level)))
+        noised = sent(way.float(), device) * start + sent((1 - way).float(), device) * end
+        weight = torch.full((len(rows),), width**2 if loss == "original" else 1.0, device=device)
+        parts.append(Part(rows, noised, sent(t, device), (start - end) / width, weight, windows.scale(level)))
     return parts
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.placed import target_of
-from stages.plan import Adapter, Batch, Cache, Change, Handoff, LearningRate, Level, MicroTokens, MixRamp, Plan, Power, Prior, Source, Stage
-from stages.resolved import main_resolution, resolved_batch, resolved_levels, resolved_plan, resolved_rate
+from stages.plan import Adapter, Batch, Cache, Change, Handoff, LearningRate, Level, MicroTokens, MixAdaptive, Plan, Power, Prior, Source, Stage
+from stages.resolved import main_resolution, resolved_batch, resolved_levels, resolved_plan, resolved_rate, still_mixes
 
 STEPS = 6
 """Steps of a stage, at most."""
@@ -213,7 +213,8 @@ def _evaluate(plan: Plan, sides: Mapping[int, int], sources: Mapping[str, SmallS
             accuracy = None
             notes.append("`evaluate.accuracy` was left out: it needs its own data, at the plan's own resolution")
     longest = max(stage.steps for stage in plan.stages)
-    every = None if evaluate.every is None else max(1, min(STEPS // 2, round(evaluate.every * STEPS / max(longest, STEPS))))
+    follows = any(isinstance(stage.mix, MixAdaptive) for stage in plan.stages)  # then an evaluation after each step, so that there is something to follow
+    every = 1 if follows else None if evaluate.every is None else max(1, min(STEPS // 2, round(evaluate.every * STEPS / max(longest, STEPS))))
     return evaluate.model_copy(update={"rows": min(evaluate.rows, HELD_OUT), "every": every, "accuracy": accuracy})
 
 
@@ -236,6 +237,7 @@ def _stage(stage: Stage, sides: Mapping[int, int], ranks: Mapping[int, int], tin
             "lr": _rate(resolved_rate(stage), stage.steps, steps),
             "train": stage.train if isinstance(stage.train, str) else _fitted(stage.train, tiny.layers, place, notes, list(plan.adapters)),
             "handoff": handoff,
+            "mix": stage.mix.model_copy(update={"lookback": 1}) if isinstance(stage.mix, MixAdaptive) else stage.mix,
         }
     )
     return small.model_copy(update={"batch": _batch(stage, small, sources, tiny)})
@@ -261,7 +263,7 @@ def _shares(stage: Stage, sources: Mapping[str, SmallSource]) -> list[float]:
             weights = {name: float((small.source.rows or small.rows) * small.source.repeat) ** power for name, small in sources.items()}
         return {name: weight / (sum(weights.values()) or 1.0) for name, weight in weights.items()}
 
-    ends = [of(mix) for mix in ((stage.mix.first, stage.mix.last) if isinstance(stage.mix, MixRamp) else (stage.mix,))]
+    ends = [of(mix) for mix in still_mixes(stage)]
     means = [sum(end[name] for end in ends) / len(ends) for name in sources]
     return [share for share in means if share > 0]
 

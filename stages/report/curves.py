@@ -10,7 +10,7 @@ from stages.report.charts import Course, Line, Point, Tick, bullet, line_chart
 from stages.report.page import COLOURS, count, fixed, folded, panel, percent, section, table
 from stages.report.record import Record, StageRecord, Step
 from stages.report.tally import Tally
-from stages.report.values import numbers
+from stages.report.values import numbers, text, whole
 
 MOST_STAGES = 12
 """Stages whose mix is shown, and in the first table; of more, the last ones."""
@@ -61,7 +61,33 @@ def mixes(record: Record) -> str:
         return ""
     note = "Images drawn of each source. The bar is what was drawn, the upright mark what was asked; in figures, asked / drawn."
     note += f" The last {MOST_STAGES} stages are shown; ledger.json has all." if len(record.begun) > MOST_STAGES else ""
-    return section("mix", "The mix, asked and drawn", note, f'<div class="grid">{"".join(panels)}</div>')
+    changing = "".join(f'<div class="below">{chart}</div>' for stage in record.begun[-MOST_STAGES:] if (chart := _shares_over_time(record, stage)))
+    return section("mix", "The mix, asked and drawn", note, f'<div class="grid">{"".join(panels)}</div>{changing}')
+
+
+def _shares_over_time(record: Record, stage: StageRecord) -> str:
+    """The shares that an adaptive mix asked for, step by step, with what moved them; nothing where none changed."""
+    decisions = [event for event in record.events.get("shares", ()) if event.get("stage") == stage.name]
+    changed = [event for event in decisions if event.get("changed")]
+    if not decisions:
+        return ""
+    if not changed:
+        return panel(f"{stage.index} {stage.name}", "", f"<p>Shares follow held-out losses; after {count(len(decisions))} evaluations none has moved: {escape(text(decisions[-1].get('why')))}.</p>")
+    axis = course([stage])
+    lines = []
+    for name, share in numbers(changed[0].get("before")).items():
+        points, dots = [(axis.place(0, 0), share)], []
+        for event in changed:
+            step, after = whole(event.get("step")), numbers(event.get("shares")).get(name, share)
+            points += [(axis.place(0, step), share), (axis.place(0, step), after)]
+            if abs(after - share) >= 0.0005:
+                dots.append((axis.place(0, step), after, f"{name}: {percent(share)} to {percent(after)} after step {step}"))
+            share = after
+        points.append((axis.place(0, stage.reached), share))
+        lines.append(Line(points, colour(record, name), name, dots=tuple(dots) if len(changed) <= MOST_DOTS else ()))
+    aside = f"moved at {count(len(changed))} of {count(len(decisions))} evaluations"
+    chart = line_chart("Shares asked", "The share of each source, over the steps of the stage.", lines, course=axis, from_zero=True)
+    return panel(f"{stage.index} {stage.name}: shares that follow held-out losses", aside, chart)
 
 
 def _drawn_so_far(stage: StageRecord) -> dict[str, Tally]:

@@ -68,7 +68,8 @@ h3 b { font-weight: 620; min-width: 0; }
 .swatch { display: inline-block; width: 9px; height: 9px; border-radius: 2.5px; margin-right: 6px; }
 .card, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 6px 18px; }
-.card + .note, .wide + .note, .grid + .note { margin-top: 12px; }
+.card + .note, .wide + .note, .below { margin-top: 14px; }
+.grid + .note { margin-top: 12px; }
 .grid + details, .sheet + details { margin-top: 16px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 318px), 1fr)); gap: 14px; }
 .grid.two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }

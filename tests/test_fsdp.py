@@ -1,0 +1,110 @@
+"""FSDP2 over gloo on the CPU: the same training as by one process, of a model of which each process has a part."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from runs import FSDP2, carry_out, events, make_world, plan_of, traced
+from stages.launched import launched, read_launched
+from stages.problems import LaunchError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def short(world: Path, **changes: Any) -> dict[str, Any]:
+    """Every weight with an average, the adapter over nf4, the adapter with references left out of some images: in float32, with an epsilon under which rounding stays rounding.
+
+    With three sources the first process of two has more to evaluate and to sample, and where references are left out a micro-batch has one part or two.
+    """
+    photos = world / "data" / "photos"
+    plan = plan_of(world, save_every=1, **changes)
+    plan["sources"]["others"] = {"path": str(photos)}
+    shared = {"steps": 3, "optimizer": {"eps": 1e-2}, "precision": "fp32", "resolution": 8, "batch": {"images": 8, "micro": 2}, "lr": 0.01}
+    plan["stages"] = [
+        {**shared, "name": "found", "train": "full", "ema": 0.9, "mix": {"photos": 1}},
+        {**shared, "name": "expose", "base": "nf4", "mix": {"photos": 2, "edits": 1, "others": 1}},
+        {**shared, "name": "refine", "ema": 0.9, "mix": {"photos": 1, "edits": 3}, "dropout": {"references": 0.5, "prompt": 0.2}},
+    ]
+    return plan
+
+
+def apart(one: Path, other: Path) -> float:
+    """Largest difference of two runs' published adapters."""
+    first, second = (load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.fixture(scope="module")
+def by_one(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    carry_out(folder, short(world), "--trace")
+    return folder
+
+
+def test_sharded_run_through_all_stages_ends_as_that_of_one_process(world: Path, by_one: Path, tmp_path: Path) -> None:
+    said = carry_out(tmp_path / "sharded", short(world), "--trace", processes=2, told=FSDP2)
+    assert "2 processes by FSDP2" in said
+    assert traced(by_one) == traced(tmp_path / "sharded")
+    assert apart(by_one, tmp_path / "sharded") < 1e-6
+    for mine, other in zip(events(by_one, "step"), events(tmp_path / "sharded", "step"), strict=True):
+        assert (mine["loss"], mine["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-4)
+    for mine, other in zip(events(by_one, "eval"), events(tmp_path / "sharded", "eval"), strict=True):
+        rows = {name: (entry["rows"], entry["loss"]) for name, entry in mine["sources"].items()}
+        assert rows == {name: (entry["rows"], pytest.approx(entry["loss"], rel=1e-5)) for name, entry in other["sources"].items()}
+    held = re.findall(r"holds (\d+\.\d)% of the model's numbers", said)
+    assert len(held) == 3
+    assert all(49 < float(share) < 60 for share in held), "half of the base, and adapters whole"
+
+
+def test_run_goes_on_under_other_engines_and_numbers_of_processes(world: Path, by_one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    carry_out(folder, short(world), processes=2, told=FSDP2, kill_at=28)  # in the first stage, which trains every weight with an average
+    first = carry_out(folder, short(world), "--until", "found")
+    assert "going on with stage 'found' after step" in first
+    carry_out(folder, short(world), "--until", "expose", processes=2)
+    carry_out(folder, short(world), processes=2, told=FSDP2)
+    assert {run["engine"] for run in events(folder, "run")} == {"", "DDP", "FSDP2"}
+    assert apart(by_one, folder) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1; write 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true, which is not heeded; write offload: true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "write checkpointing: full into the plan's stages"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "write fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size: 2, which is not heeded"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "write compile: true into the stages"),
+    ],
+)
+def test_what_the_launcher_is_told_and_medley_does_not_heed_is_refused_by_name(told: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=re.escape(message)):
+        read_launched({**FSDP2, **told})
+
+
+def test_while_a_run_goes_on_libraries_do_not_see_that_it_is_sharded() -> None:
+    environment = {**FSDP2, "PATH": "x", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
+    before = dict(environment)
+    with launched(environment) as told:
+        assert environment == {"PATH": "x"}
+        assert (told.engine, told.reshard, told.blocks, told.replicas) == ("fsdp2", True, (), 2)
+    assert environment == before
+
+
+def test_one_process_and_an_optimizer_of_whole_weights_are_refused_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
+    assert "shares a model out among processes, and one was started" in carry_out(tmp_path / "alone", short(world), told=FSDP2, expect=1)
+    plan = short(world)
+    plan["stages"][0]["optimizer"] = {"name": "adamw8bit"}
+    said = carry_out(tmp_path / "bits", plan, processes=2, told=FSDP2, expect=2)
+    assert "stages[0].optimizer: 'adamw8bit' takes whole weights, and train: full is sharded by FSDP2; write adamw" in said
