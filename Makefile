@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
-.PHONY: quickstart quickstart-short rehearse test docs families clean
+.PHONY: quickstart quickstart-short rehearse test processes docs families clean
 
 quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
 	$(BIN)/python plans/digits.py data/digits
@@ -27,6 +27,9 @@ test: .venv/installed-dev  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+processes: .venv/installed-dev  ## real launchers: faults on one process of two, two launchers as of two machines; eight minutes
+	$(BIN)/python -m pytest tests/test_processes.py -m slow --quiet
 
 docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	$(BIN)/python -m stages.plan_docs

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,20 +32,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from benchmarks.step_model import FLUX, Size, build_flux, make_images
-from benchmarks.timed import read_timed
+from benchmarks.bare import FAMILIES, Bare, Inputs, Recorded
+from benchmarks.step_model import FLUX, Size, build_flux, build_tiny, make_images
+from benchmarks.timed import Timed, read_timed
 from benchmarks.turns import in_turns
-from stages.adapter import adapter_weights, exactly, lora_layers
+from stages.adapter import adapter_weights, lora_layers
 from stages.objectives import flow
 from stages.open_leg import open_leg
 from stages.open_run import open_run
@@ -90,12 +86,20 @@ class Asked:
     """Whether the text encoder is as large as the transformer."""
     text_tokens: int | None = None
     """Of a prompt; None for those of the size."""
+    family: str = "flux"
+    folder: int = 0
+    """Images of a folder that is gone through once, launched; 0 for none."""
 
     @property
     def flux(self) -> Size:
         """The model."""
         size = FLUX[self.size]
         return size if self.text_tokens is None else replace(size, text_tokens=self.text_tokens)
+
+    @property
+    def model_words(self) -> str:
+        """What it is called in a table."""
+        return f"Flux of {self.flux.text_tokens} text tokens" if self.family == "flux" else self.family
 
     @property
     def steps(self) -> int:
@@ -150,39 +154,18 @@ class Launched:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What one step is made of: all of it encoded and drawn."""
+class OnceThrough:
+    """How long a script that was launched took to go once through a folder; medians over the launches."""
 
-    x: Tensor
-    """Latents, float32 [B, C, h, w]."""
-    e: Tensor
-    """Noise, as large."""
-    t: Tensor
-    """Noise levels, float32 [B]."""
-    embeds: Tensor
-    """[B, L, D]"""
-    pooled: Tensor
-    """[B, P]"""
+    name: str
+    images: int
+    first: float
+    """Seconds from the launch until the first step was made."""
+    between: float
+    """Seconds from the first step to the last."""
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What Medley would train on, so that another loop can train on the same."""
-
-    inputs: tuple[Inputs, ...]
-    """Of each step."""
-    adapter: Mapping[str, Tensor]
-    """The fresh adapter's weights."""
-    layers: tuple[str, ...]
-    """The names of those that carry a pair."""
-    tokens: int
-    """Of an image and its prompt."""
-    guidance: float | None
-    storage: torch.dtype
-    """Of the frozen weights."""
-
-
-def plan_of(folder: Path, asked: Asked, *, defaults: bool, steps: int, cache: Path, seed: int = 1) -> dict[str, Any]:
+def plan_of(folder: Path, asked: Asked, *, defaults: bool, steps: int, cache: Path, seed: int = 1, images: str = "images") -> dict[str, Any]:
     """The plan of Medley's loop. defaults: with everything left out that the benchmark does not need.
 
     The noise levels are those that the diffusers script draws, without a shift.
@@ -193,7 +176,7 @@ def plan_of(folder: Path, asked: Asked, *, defaults: bool, steps: int, cache: Pa
     stage = {"name": "measured", "steps": steps, "resolution": asked.pixels, "batch": asked.batch, "lr": rate, "buckets": {"max_aspect": 1.0}, **same}
     return {
         "name": "measured", "seed": seed, "model": str(folder / "model"), "adapter": {"rank": asked.rank, "targets": asked.targets},
-        "sources": {"images": {"path": str(folder / "images")}}, "stages": [stage], "evaluate": {"rows": 0}, "previews": {"rows": 0},
+        "sources": {"images": {"path": str(folder / images)}}, "stages": [stage], "evaluate": {"rows": 0}, "previews": {"rows": 0},
         "cache": {"folder": str(cache)}, "save_every": 1_000_000, "log_every": _LOGGED, "track": "none", **({} if defaults else {"workers": 0}),
     }  # fmt: skip
 
@@ -215,74 +198,11 @@ def record(plan: Plan, folder: Path) -> Recorded:
             for batch in batches:
                 assert batch.is_last  # one micro-batch a step
                 shown, (part,) = leg.parts(*leg.draw(batch))
-                assert shown.text.pooled is not None
                 e = flow.noise(shown.x.shape[1:], leg.objective.noise_keys(batch)).to(shown.x.device)
-                inputs.append(Inputs(shown.x, e, part.t, shown.text.embeds, shown.text.pooled))
+                inputs.append(Inputs(shown.x, e, part.t, shown.text.embeds, shown.text.pooled, shown.text.mask))
         tokens = run.family.tokens(stage.resolution, stage.resolution) + run.family.text_tokens if isinstance(stage.resolution, int) else 0
         layers, weights, guidance = tuple(lora_layers(leg.model)), adapter_weights(leg.model), run.family.model.guidance
-        return Recorded(tuple(inputs), weights, layers, tokens, guidance, DTYPES[resolved_storage(stage)])
-
-
-class BareFlux:
-    """A plain training loop of a Flux adapter: diffusers' transformer, peft's pairs, torch's AdamW, and nothing else."""
-
-    def __init__(self, folder: Path, recorded: Recorded, asked: Asked, device: torch.device) -> None:
-        self.recorded, self.device, self.losses = recorded, device, list[Tensor]()
-        model = FluxTransformer2DModel.from_pretrained(folder / "model", subfolder="transformer", dtype=recorded.storage).requires_grad_(False).to(device)
-        config = LoraConfig(r=asked.rank, lora_alpha=asked.rank, target_modules=exactly(recorded.layers))
-        inject_adapter_in_model(config, model)
-        self.parameters = []
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = recorded.adapter[name.replace(".default", "")].to(device)
-                self.parameters.append(parameter.requires_grad_())
-        self.model = model.train()
-        self.autocast = torch.autocast(device.type, DTYPES[asked.precision]) if asked.precision != "fp32" else nullcontext()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        _, _, height, width = recorded.inputs[0].x.shape
-        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-        self.places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
-        self.text_places = torch.zeros(recorded.inputs[0].embeds.shape[1], 3, device=device)
-
-    def loss(self, given: Inputs) -> Tensor:
-        """The mean squared error of the velocity."""
-        t = given.t.view(-1, 1, 1, 1)
-        noised, target = (1 - t) * given.x + t * given.e, given.e - given.x
-        images, channels, height, width = noised.shape
-        packed = noised.view(images, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(images, -1, 4 * channels)
-        guidance = self.recorded.guidance
-        with self.autocast:
-            out = self.model(
-                hidden_states=packed,
-                timestep=given.t,
-                guidance=None if guidance is None else torch.full_like(given.t, guidance),
-                pooled_projections=given.pooled.float(),
-                encoder_hidden_states=given.embeds.float(),
-                txt_ids=self.text_places,
-                img_ids=self.places,
-                return_dict=False,
-            )[0]
-        velocity: Tensor = out.float().view(images, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noised.shape)
-        return (velocity - target).square().mean()
-
-    def __call__(self) -> None:
-        """Make all steps."""
-        for given in self.recorded.inputs:
-            loss = self.loss(given)
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.losses.append(loss.detach())
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def operations(self) -> int:
-        """Multiplications and additions in the matrix products of a step, forward and backward, attention among them."""
-        # On a CPU attention is one kernel that the counter does not know (torch 2.13); written out it is two products.
-        counter = FlopCounterMode(display=False)
-        with counter, sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
-            torch.autograd.backward(self.loss(self.recorded.inputs[0]))
-        self.optimizer.zero_grad(set_to_none=True)
-        return int(counter.get_total_flops())
+        return Recorded(run.family.name, tuple(inputs), weights, layers, tokens, guidance, DTYPES[resolved_storage(stage)])
 
 
 def matmul_rate(precision: str, device: torch.device) -> float:
@@ -336,7 +256,7 @@ def measure(asked: Asked, folder: Path, device: torch.device) -> tuple[list[Row]
     """All loops in turns, in one process, and the device's rate. Raises LossesDiffer."""
     same = checked_plan(folder, asked, defaults=False)
     recorded = record(same, folder / "recorded")
-    bare = BareFlux(folder, recorded, asked, device)
+    bare = Bare(folder / "model", recorded, asked.rank, asked.precision, device)
     operations, rate = bare.operations(), matmul_rate(asked.precision, device)
     plans = {name: same if name == OURS else checked_plan(folder, asked, defaults=True) for name in asked.rows if name != BARE}
     runs = {name: folder / f"run-{number}" for number, name in enumerate(plans)}
@@ -382,10 +302,10 @@ def measure(asked: Asked, folder: Path, device: torch.device) -> tuple[list[Row]
 # --- processes of their own -------------------------------------------------------------------------------------------------------------
 
 
-def script_arguments(asked: Asked, folder: Path, out: Path, steps: int, layers: Sequence[str], seed: int) -> list[str]:
+def script_arguments(asked: Asked, folder: Path, out: Path, steps: int, layers: Sequence[str], seed: int, images: str = "images") -> list[str]:
     """The diffusers Flux LoRA script's own arguments for the same maths: the same layers, rank, batch, rate, clipping and noise levels."""
     words = {
-        "pretrained_model_name_or_path": folder / "model", "dataset_name": folder / "images", "image_column": "image", "caption_column": "text", "instance_prompt": "a square",
+        "pretrained_model_name_or_path": folder / "model", "dataset_name": folder / images, "image_column": "image", "caption_column": "text", "instance_prompt": "a square",
         "resolution": asked.pixels, "train_batch_size": asked.batch, "max_train_steps": steps, "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0,
         "rank": asked.rank, "lora_alpha": asked.rank, "lora_layers": ",".join(layers), "adam_weight_decay": 0, "max_grad_norm": 1.0, "weighting_scheme": "logit_normal",
         "guidance_scale": 1.0, "max_sequence_length": asked.flux.text_tokens, "mixed_precision": "no" if asked.precision == "fp32" else asked.precision,
@@ -398,50 +318,69 @@ def launches(asked: Asked, folder: Path, layers: Sequence[str]) -> list[Launched
     """The script and Medley, each as a process of its own, in turns, with another seed each time. Raises RuntimeError with the end of what it said if one fails, and LossesDiffer."""
     assert asked.script is not None
     steps = -(-(asked.dropped + asked.rounds * asked.block) // _LOGGED) * _LOGGED
-    plan = folder / "launched.yaml"
-    # Threads as in this process: without it the script takes all cores, and is slower for it.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     wall: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
     processor: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
     first: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
     losses: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
     peak = {SCRIPT: 0, LAUNCHED: 0}
-    here = Path(__file__).parent.parent
-    for launch in range(asked.launches):
+    for number in range(asked.launches):
         for name in (SCRIPT, LAUNCHED):
-            place, file = folder / f"launch-{launch}-{len(name)}", folder / "timed.json"
-            what = (
-                [str(asked.script), *script_arguments(asked, folder, place, steps, layers, launch)] if name == SCRIPT else [str(here / "train.py"), str(plan), "--out", str(place)]
-            )
-            with plan.open("w") as out:
-                YAML(typ="safe").dump(plan_of(folder, asked, defaults=False, steps=steps, cache=place / "cache", seed=launch), out)
-            began = time.monotonic()
-            # From the repository, for `benchmarks`; by its whole path, since the script's interpreter may be another.
-            done = subprocess.run(
-                [asked.python if name == SCRIPT else sys.executable, "-m", "benchmarks.timed", str(file), *what],
-                cwd=here,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-            timed = read_timed(file) if file.exists() else None
-            # What the script does after training, such as loading its own result, may fail for want of something; the steps were made.
-            if timed is None or len(timed.wall) < steps:
-                raise RuntimeError(f"{name} made {0 if timed is None else len(timed.wall)} of {steps} steps and ended with {done.returncode}:\n{done.stdout[-3000:]}")
+            place = folder / f"launch-{number}-{len(name)}"
+            timed, began, said = launch(name, asked, folder, place, steps, layers, number)
             wall[name] += timed.seconds(asked.dropped)
             processor[name] += timed.processor_seconds(asked.dropped)
             first[name].append(timed.wall[0] - began)
             peak[name] = max(peak[name], timed.peak)
-            losses[name] += shown_losses(done.stdout, steps) if name == SCRIPT else [loss for end, loss in logged_losses(place).items() if end % _LOGGED == 0]
-            file.unlink()
+            losses[name] += shown_losses(said, steps) if name == SCRIPT else [loss for end, loss in logged_losses(place).items() if end % _LOGGED == 0]
     found = []
     for name in (SCRIPT, LAUNCHED):
         seconds, error = median(wall[name]), stdev(losses[name]) / len(losses[name]) ** 0.5
         found.append(Launched(name, seconds * 1e3, median(processor[name]) * 1e3, asked.batch / seconds, median(first[name]), peak[name], fmean(losses[name]), error))
     compare_means(*found)
     return found
+
+
+def launch(name: str, asked: Asked, folder: Path, place: Path, steps: int, layers: Sequence[str], seed: int, images: str = "images") -> tuple[Timed, float, str]:
+    """The script, or Medley, as a process of its own: when it made its steps, when it was launched, and what it said. images: the folder of images.
+
+    Raises RuntimeError with the end of what it said if it did not make all steps.
+    """
+    file, plan, here = folder / "timed.json", folder / "launched.yaml", Path(__file__).parent.parent
+    with plan.open("w") as out:
+        YAML(typ="safe").dump(plan_of(folder, asked, defaults=False, steps=steps, cache=place / "cache", seed=seed, images=images), out)
+    what = [str(asked.script), *script_arguments(asked, folder, place, steps, layers, seed, images)] if name == SCRIPT else [str(here / "train.py"), str(plan), "--out", str(place)]
+    began = time.monotonic()
+    # From the repository, for `benchmarks`; by its whole path, since the script's interpreter may be another. Threads as in this process: without it the
+    # script takes all cores, and is slower for it.
+    done = subprocess.run(
+        [asked.python if name == SCRIPT else sys.executable, "-m", "benchmarks.timed", str(file), *what],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    timed = read_timed(file) if file.exists() else None
+    # What the script does after training, such as loading its own result, may fail for want of something; the steps were made.
+    if timed is None or len(timed.wall) < steps:
+        raise RuntimeError(f"{name} made {0 if timed is None else len(timed.wall)} of {steps} steps and ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    file.unlink()
+    return timed, began, done.stdout
+
+
+def once_through(asked: Asked, folder: Path, layers: Sequence[str]) -> list[OnceThrough]:
+    """The script and Medley, each launched on a folder of images that it sees once, in turns. Medley encodes on the way what the script encodes before its first step."""
+    make_images(folder / "many", asked.folder, asked.pixels)
+    steps = -(-asked.folder // asked.batch)
+    first: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
+    between: dict[str, list[float]] = {SCRIPT: [], LAUNCHED: []}
+    for number in range(asked.launches):
+        for name in (SCRIPT, LAUNCHED):
+            timed, began, _ = launch(name, asked, folder, folder / f"many-{number}-{len(name)}", steps, layers, number, "many")
+            first[name].append(timed.wall[0] - began)
+            between[name].append(timed.wall[-1] - timed.wall[0])
+    return [OnceThrough(name, asked.folder, median(first[name]), median(between[name])) for name in (SCRIPT, LAUNCHED)]
 
 
 def shown_losses(said: str, steps: int) -> list[float]:
@@ -470,18 +409,25 @@ def run(asked: Asked, device: torch.device, console: Console) -> dict[str, Any]:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with (folder / "said.txt").open("w") as said, contextlib.redirect_stdout(said):
-            build_flux(folder / "model", asked.flux, device, heavy_text=asked.heavy_text)
+            if asked.family == "flux":
+                build_flux(folder / "model", asked.flux, device, heavy_text=asked.heavy_text)
+            else:
+                build_tiny(folder / "model", asked.family)
             make_images(folder / "images", asked.images, asked.pixels)
             rows, rate = measure(asked, folder, device)
-            found = launches(asked, folder, _shortened(folder, asked)) if asked.script else []
+            layers = _shortened(folder, asked) if asked.script else []
+            found = launches(asked, folder, layers) if asked.script else []
+            once = once_through(asked, folder, layers) if asked.folder else []
     about = machine(device)
     console.print(" ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
     console.print(step_table(asked, rows, rate))
     if found:
         console.print(launch_table(found))
+    if once:
+        console.print(once_table(once))
     return {
         "machine": about, "asked": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(asked).items()}, "matmul_per_second": rate,
-        "rows": [asdict(row) for row in rows], "launched": [asdict(each) for each in found],
+        "rows": [asdict(row) for row in rows], "launched": [asdict(each) for each in found], "once_through": [asdict(each) for each in once],
     }  # fmt: skip
 
 
@@ -503,7 +449,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def step_table(asked: Asked, rows: Sequence[Row], rate: float) -> Table:
     """The loops in one process."""
     table = Table(
-        title=f"A training step: {asked.size} Flux, {asked.pixels} pixels, {asked.flux.text_tokens} text tokens, batch {asked.batch}, rank {asked.rank}, {asked.precision}; matrix products at {rate / 1e12:.3g} TFLOP/s",
+        title=f"A training step: {asked.size} {asked.model_words}, {asked.pixels} pixels, batch {asked.batch}, rank {asked.rank}, {asked.precision}; matrix products at {rate / 1e12:.3g} TFLOP/s",
         title_justify="left",
     )
     for column in ("loop", "ms a step", "lowest to highest", "of bare", "processor ms", "of bare", "images/s", "tokens/s", "of the rate", "mean loss"):
@@ -531,9 +477,20 @@ def launch_table(found: Sequence[Launched]) -> Table:
     return table
 
 
+def once_table(found: Sequence[OnceThrough]) -> Table:
+    """The processes on a folder that they see once."""
+    table = Table(title=f"A folder of {found[0].images:,} images, once, launched in turns", title_justify="left")
+    for column in ("", "first row after", "from the first to the last row", "to the last row"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for each in found:
+        table.add_row(each.name, f"{each.first:.1f} s", f"{each.between:.1f} s", f"{each.first + each.between:.1f} s")
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for. Returns the exit code: 1 if losses differ, or a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--family", choices=FAMILIES, default="flux", help="other than flux: the test suite's tiny model")
     parser.add_argument("--size", choices=list(FLUX), default="tiny", help="of the Flux with random weights")
     parser.add_argument("--pixels", type=int, default=32, help="side of the images")
     parser.add_argument("--batch", type=int, default=4, help="images a step")
@@ -550,14 +507,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, metavar="FILE", help="the interpreter that runs it, if not this one")
     parser.add_argument("--heavy-text", action="store_true", help="with a T5 encoder as large as the transformer, as the real one nearly is")
     parser.add_argument("--text-tokens", type=int, help="of a prompt, if not those of the size")
+    parser.add_argument("--folder", type=int, default=0, metavar="IMAGES", help="with --script: go once through a folder of so many images, launched, and time it from the first to the last row")
     parser.add_argument("--launches", type=int, default=3, help="of the script and of Medley")
     parser.add_argument("--target", type=float, metavar="RATIO", help="exit with 1 if Medley with the same maths is slower than so many times the bare loop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     given = parser.parse_args(arguments)
+    if given.family != "flux" and (given.size != "tiny" or given.script or given.heavy_text or given.text_tokens or given.folder):
+        parser.error(f"--family {given.family} is the test suite's tiny model; --size, --script, --folder, --heavy-text and --text-tokens are for flux alone")
+    if given.folder and not given.script:
+        parser.error("--folder is gone through by the script and by Medley; add --script FILE")
     words = {"same": OURS, "defaults": DEFAULTS}
     asked = Asked(
         given.size, given.pixels, given.batch, given.rank, given.precision, given.rounds, given.block, given.images, tuple(words[word] for word in given.rows),
         given.script and given.script.resolve(), given.python, given.launches, given.targets, given.heavy_text, given.text_tokens,
+        given.family, given.folder,
     )  # fmt: skip
     try:
         report = run(asked, choose_device(), Console(width=None if os.isatty(1) else 190))

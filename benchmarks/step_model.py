@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,12 @@ def build_flux(folder: Path, size: Size, device: torch.device, *, heavy_text: bo
         transformer=transformer,
     ).save_pretrained(folder)
     return folder
+
+
+def build_tiny(folder: Path, family: str) -> Path:
+    """The test suite's tiny model of a family. Returns the folder."""
+    built: Path = import_module(f"stages.families.tiny.{family}").build(folder)
+    return built
 
 
 def _large_t5(size: Size, numbers: int) -> T5EncoderModel:

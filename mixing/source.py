@@ -20,7 +20,6 @@ from mixing.index import place_of
 from mixing.records import SUFFIXES
 from mixing.rows import Listing, Rows
 from mixing.survey import survey
-from mixing.table import is_saved, list_arrow, list_hub, list_parquet, list_saved
 from mixing.tar import compression, list_tar
 from mixing.tasks import TASKS, Asked, Example, nearest, to_example
 
@@ -127,16 +126,22 @@ def _listing(
         dataset = path.removeprefix("hub/")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
             raise SourceError("a Hub dataset is written hub/USER/DATASET")
+        from mixing.table import list_hub  # `datasets` takes 50 MB of memory and half a second, and files need none of it
+
         return list_hub(dataset, split, task, columns, prompt, extra)
     path = os.path.expanduser(path)
     place = root / path
-    if is_saved(place):
+    if any(os.path.isfile(place / name) for name in ("dataset_dict.json", "state.json")):  # by `save_to_disk`: several splits, or one
+        from mixing.table import list_saved
+
         return list_saved(place, split, task, columns, prompt, extra)
     if split != "train":
         raise SourceError(f"split: only Hub datasets and folders that save_to_disk wrote have one ('{split}' found); leave it out")
     if os.path.isdir(place):
         return list_folder(place, task, columns, prompt, extra)
     if path.endswith((".parquet", ".arrow")):
+        from mixing.table import list_arrow, list_parquet
+
         list_files = list_parquet if path.endswith(".parquet") else list_arrow
         return list_files(path, root, task, columns, prompt, extra)
     if path.endswith(".tar"):

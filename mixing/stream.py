@@ -15,7 +15,6 @@ import numpy as np
 
 from mixing.bad_rows import BadRow, RowError, SourceError
 from mixing.columns import TASKS, Asked, Columns, nearest
-from mixing.hub_shards import list_hub_shards
 from mixing.images import UnreadableImage, header_size
 from mixing.keys import key
 from mixing.lanes import STALLED, WINDOW, LaneReader, Place, Waiting, Window, place
@@ -283,6 +282,8 @@ def _values(row: Row) -> Values | str:
 def _shards(path: str, split: str, root: Path, lanes: int) -> Shards:
     """The shards of a source's path, as a plan has it."""
     if path.startswith("hub/"):
+        from mixing.hub_shards import list_hub_shards  # only here `datasets` is needed
+
         return list_hub_shards(path.removeprefix("hub/"), split, lanes)
     if split != "train":
         raise SourceError(f"split: only Hub datasets have one ('{split}' found); leave it out")

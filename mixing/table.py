@@ -227,11 +227,6 @@ def list_arrow(
     return _rows(table, tuple(parts), (os.path.realpath(folder),), task, columns, prompt, extra)
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets` saved this folder (`save_to_disk`): one split, or several."""
-    return any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
-
-
 def list_saved(
     folder: Path, split: str, task: str, columns: Asked, prompt: str | None, extra: Sequence[str] = ()
 ) -> TableRows:

@@ -143,7 +143,8 @@ def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | No
     if asks := objective_words(stage):
         rows["asks"] = asks
     rows["trains"] = _trains(stage, list(plan.adapters), model.trainable[index] if model else None)
-    rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}"
+    by = (f", attention by {stage.attention}" if stage.attention != "auto" else "") + (", the blocks compiled" if stage.compile else "")
+    rows["computes"] = f"in {stage.precision}, {'weights' if stage.train == 'full' else 'base'} stored in {storage}{by}"
     rows["rate"] = rate_words(resolved_rate(stage), stage.steps)
     if model:
         size = byte_words(stage_bytes(index, stage, model))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
-from stages.estimate import run_estimate
 from stages.compiled import forget_compiled
+from stages.estimate import run_estimate
 from stages.handoff import probe, probe_batches
 from stages.leg import Leg
+from stages.memory import peak_bytes
 from stages.report import write_report
 from stages.sampling import previews, sheet
 from stages.stage_event import stage_event

@@ -161,6 +161,8 @@ class Leg:
     """What the first micro-batch was multiplied in; None until it was measured."""
     rows: list[tuple[int, int, str, str]] = field(default_factory=list)
     """Position, micro-batch, source and key of the images of the step under way."""
+    held_before: int = 0
+    """Bytes that the process held before the stage's model was loaded, as `stages.memory.held_bytes`."""
     passed_limit: bool = False
     """Whether it was said that no more of the blocks' shapes are compiled."""
     named_rows: set[tuple[str, str]] = field(default_factory=set)

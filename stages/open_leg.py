@@ -22,7 +22,7 @@ from stages.feed import stage_mixture
 from stages.follower import changes_every, changes_of, open_follower
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError, Window
-from stages.memory import EncoderRest, let_go
+from stages.memory import EncoderRest, let_go, restart_peak
 from stages.objective import Objective
 from stages.offload import off_device_bytes
 from stages.open_lanes import open_lanes
@@ -97,6 +97,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     kept: list[str] = []
     if run.last and not checkpoint:
         kept = _keep(run.last, stage, training, average)
+    restart_peak(device)  # what loading took is over
     leg = Leg(
         run=run,
         index=index,
@@ -116,6 +117,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         rest=EncoderRest(run.family),
         step=checkpoint.step if checkpoint else 0,
         first_step=checkpoint.step if checkpoint else 0,
+        held_before=held,
         images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
         tokens=dict(checkpoint.state["tokens"]) if checkpoint and run.accelerator.is_main_process else {},
         levels=list(checkpoint.state["levels"]) if checkpoint and run.accelerator.is_main_process else [0] * len(mixture.levels),

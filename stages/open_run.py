@@ -61,8 +61,6 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
         for index, stage in enumerate(plan.stages):
             if stage.offload:
                 raise PlanError.at(f"stages[{index}].offload", f"{engine.words} keeps the base's weights itself; remove it, or launch with accelerate_configs/ddp.yaml")
-            if stage.compile:
-                raise PlanError.at(f"stages[{index}].compile", f"blocks are not compiled under {engine.words}, which was not tried; leave it out, or launch with accelerate_configs/ddp.yaml")
     check_fp8(plan, accelerator.device)
     check_attention(plan, accelerator.device)
     console = Console()

@@ -35,7 +35,7 @@ _GRACE = 10.0  # seconds that the process which failed, and the launcher, have b
 _VISIBLE = 10.0  # seconds until a new file must be seen on a shared disk
 
 _GONE = ("by peer", "pair closure", "Broken pipe", "failed to recv, got 0 bytes")  # what gloo and its store say of a process that has ended (torch 2.13)
-_LATE = ("Timed out", "timed out", "timeout")
+_LATE = ("operation to complete", "wait timeout after")  # and of one that does not come
 _OTHER = "another process has ended; what it says is the reason"
 _GOES_WELL, _FAILS = 0, 1
 

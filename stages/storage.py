@@ -203,7 +203,8 @@ def scaled_product(x: Tensor, layer: QuantisedLinear) -> Tensor:
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / _LARGEST_FP8).clamp(min=_LEAST_SCALE)
     numbers = (rows.float() / scale).clamp(-_LARGEST_FP8, _LARGEST_FP8).to(_FP8)
     bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
-    product: Tensor = torch._scaled_mm(numbers, layer.weight.view(_FP8).t(), scale_a=scale, scale_b=layer.scale.t(), bias=bias, out_dtype=torch.bfloat16)
+    with torch.autocast(x.device.type, enabled=False):  # a CPU's way to do it is made of products that autocast would round once more (torch 2.13)
+        product: Tensor = torch._scaled_mm(numbers, layer.weight.view(_FP8).t(), scale_a=scale, scale_b=layer.scale.t(), bias=bias, out_dtype=torch.bfloat16)
     return product.view(*x.shape[:-1], layer.out_features)
 
 

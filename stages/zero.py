@@ -103,8 +103,20 @@ class Zero:
 
     def release(self, model: nn.Module) -> None:
         """Let go of it; else DeepSpeed's hooks would hold it as long as the process lives."""
-        if model in self._engines:  # by ZeRO-2 a placed model has none
-            self._engines.pop(model).destroy()
+        if model not in self._engines:  # by ZeRO-2 a placed model has none
+            return
+        engine = self._engines.pop(model)
+        engine.destroy()
+        if self._parts_weights:
+            # Functions of torch's that ZeRO-3 makes for each module hold the modules, and with them all else, until the process ends (0.19.8,
+            # parameter_offload.py:466). So the numbers are taken out of what stays.
+            vars(engine.optimizer).clear()
+            if engine.basic_optimizer is not None:
+                engine.basic_optimizer.state.clear()
+                engine.basic_optimizer.param_groups.clear()
+            for parameter in model.parameters():
+                for held in (parameter, parameter.ds_tensor):
+                    held.data, held.grad = held.data.new_empty(0), None
 
     def held_share(self, model: nn.Module) -> float:
         """What of a model's numbers this process has."""

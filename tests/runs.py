@@ -196,6 +196,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                     torch.set_num_threads(1)  # as a launcher sets it; two threads each on two cores take twice as long
                 if rank == 0 and (kill_at is not None or record):
                     _count_events(kill_at, record)
+                train.FIRST_SPEAKS = 0.0  # the others are waited for here, for their exit codes
                 code = train.main(arguments)
             except SystemExit as left:
                 code = left.code if isinstance(left.code, int) else 1

@@ -77,7 +77,7 @@ def test_the_product_is_that_of_inputs_and_weights_rounded_to_e4m3() -> None:
     # A quotient that falls on the border of two numbers in float32 may fall on the other side in float64: 1/16 of one of 96 addends.
     assert bool(((output.double() - exact).abs() <= exact.abs() * 2**-8 + size * 2e-3).all())
     whole = x.double() @ plain.weight.detach().double().T + plain.bias.detach().double()
-    assert float((output.double() - whole).norm() / whole.norm()) < 0.05, "and it is near the product itself"
+    assert float((output.double() - whole).norm() / whole.norm()) < 0.08, "and it is near the product itself: each factor is off by a sixteenth at most, and by a fortieth on average"
 
 
 def test_the_gradient_is_that_of_the_weight_in_bf16_and_knows_no_fp8() -> None:

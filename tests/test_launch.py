@@ -61,6 +61,16 @@ def test_every_config_is_read_by_accelerates_own_launcher(config: Path) -> None:
     assert written.mixed_precision == "no", "precision is the plan's"
 
 
+def test_rendezvous_must_be_typed_for_accelerate_does_not_read_it_from_a_file(tmp_path: Path) -> None:
+    """Once it does (not in 1.15), the flags can leave accelerate_configs/multi_node_rendezvous.yaml."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = tmp_path / "c10d.yaml"
+    file.write_text((ROOT / "accelerate_configs" / "multi_node_rendezvous.yaml").read_text() + "rdzv_backend: c10d\nsame_network: true\n")
+    checked, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
+    assert (checked.rdzv_backend, checked.same_network) == ("static", False)
+
+
 def test_wrong_plan_ends_with_exit_code_2_and_no_traceback(world: Path, tmp_path: Path) -> None:
     plan = plan_of(world)
     plan["stages"][1]["precision"] = "bf61"
@@ -72,7 +82,7 @@ def test_wrong_plan_ends_with_exit_code_2_and_no_traceback(world: Path, tmp_path
     lines = done.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith(f"{file}:") for line in lines)
-    assert "'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?" in done.stderr
+    assert "'bf61' is not one of fp32, bf16, fp16, fp8; did you mean 'bf16'?" in done.stderr
 
 
 def test_sound_plan_is_checked_and_explained(world: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         f"9:5: stages[0]: no field 'resolutoin' (fields: {STAGE_FIELDS}); did you mean 'resolution'?",
     ]),
     "misspelt field at the top": ("model: models/tiny", "model: models/tiny\nsed: 3", [f"2:1: no field 'sed' (fields: {PLAN_FIELDS}); did you mean 'seed'?"]),
-    "misspelt word": ("precision: bf16", "precision: bf61", ["17:16: stages[1].precision: 'bf61' is not one of fp32, bf16, fp16; did you mean 'bf16'?"]),
+    "misspelt word": ("precision: bf16", "precision: bf61", ["17:16: stages[1].precision: 'bf61' is not one of fp32, bf16, fp16, fp8; did you mean 'bf16'?"]),
     "negative steps": ("steps: 50", "steps: -5", [f"13:12: stages[1].steps: -5 is not {COUNT}"]),
     "fraction of a step": ("steps: 50", "steps: 5.5", [f"13:12: stages[1].steps: 5.5 is not {COUNT}"]),
     "whole number as a float": ("steps: 50", "steps: 1e3", [f"13:12: stages[1].steps: 1e3 is not {COUNT}; write 1000"]),

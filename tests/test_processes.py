@@ -25,9 +25,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from runs import carry_out, make_world, plan_of, traced, write_plan
+from runs import carry_out, make_data, make_world, plan_of, traced, write_plan
 from stages import processes as processes_module
-from stages.problems import LaunchError, RunError
+from stages.problems import LaunchError, PlanError, RowsError, RunError
 from stages.processes import Processes
 
 ROOT = Path(__file__).parent.parent
@@ -107,9 +107,9 @@ def assert_alike(run: Path, whole: Path) -> None:
     assert max(float((ends[0][name] - ends[1][name]).abs().max()) for name in ends[1]) <= 1e-5
 
 
-@pytest.mark.parametrize("number", [2, 4])
-def test_several_processes_draw_the_rows_of_one_and_end_in_its_adapter(world: Path, whole: Path, tmp_path: Path, number: int) -> None:
-    carry_out(tmp_path / "run", short_plan(world), "--trace", processes=number)
+def test_four_processes_draw_the_rows_of_one_and_end_in_its_adapter(world: Path, whole: Path, tmp_path: Path) -> None:
+    """Two do so in test_launch.py."""
+    carry_out(tmp_path / "run", short_plan(world), "--trace", processes=4)
     assert_alike(tmp_path / "run", whole)
 
 
@@ -191,16 +191,16 @@ def test_process_that_the_launcher_ends_after_another_failed_says_nothing(tmp_pa
 
 def test_wait_outlasts_the_limit_of_a_collective_and_a_collective_that_is_late_is_put_into_words(tmp_path: Path) -> None:
     def work(rank: int) -> int:
-        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=1))
+        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=0.5))
         accelerator: Any = SimpleNamespace(num_processes=2, process_index=rank, local_process_index=rank)
         noted: Any = SimpleNamespace(signal=None)
         processes = Processes(accelerator, noted)
         if rank == 1:
-            time.sleep(2.5)
+            time.sleep(1.2)
         processes.wait()
         print("waited", flush=True)
         if rank == 1:
-            time.sleep(2.5)
+            time.sleep(1.2)
             return 0
         try:
             with processes.ending_together():
@@ -215,6 +215,39 @@ def test_wait_outlasts_the_limit_of_a_collective_and_a_collective_that_is_late_i
     assert codes == [0, 0], said
     assert said.count("waited\n") == 2
     assert "another process has not come to an exchange in 30 minutes" in said
+
+
+@pytest.mark.parametrize("differs", ["run", "photos"])
+def test_run_on_machines_that_share_no_folder_or_hold_other_rows_is_refused_before_it_trains(world: Path, tmp_path: Path, differs: str) -> None:
+    for rank, rows in ((0, 24), (1, 27)):
+        make_data(tmp_path / str(rank), rows)
+    plan = short_plan(world)
+    if differs == "photos":
+        plan["sources"]["photos"]["path"] = "photos"
+    file = write_plan(tmp_path / "plan.yaml", plan)
+
+    def work(rank: int) -> int:
+        processes_module._VISIBLE, train.FIRST_SPEAKS = 0.5, 0.2
+        os.chdir(tmp_path / str(rank))
+        return train.main([str(file), "--out", "run" if differs == "run" else str(tmp_path / "run")])
+
+    codes, _ = forked(2, work, tmp_path / "log")
+    said = (tmp_path / "log").read_text()
+    assert codes == [1, 1], said
+    expected = {"run": "failed: the run's folder run is another folder on process 1 than on process 0; pass --out", "photos": "failed: what source 'photos' holds is not the same on process 1"}
+    assert expected[differs] in said
+    assert "Traceback" not in said
+
+
+def test_what_all_processes_may_find_is_said_first_by_the_first_and_rows_of_one_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    said = []
+    for rank, error in (("0", PlanError.at("p", "x")), ("1", PlanError.at("p", "x")), ("1", RowsError.at("p", "x")), ("0", RunError("x")), ("1", RunError("x"))):
+        monkeypatch.setenv("RANK", rank)
+        train.say_failure(error)
+        said.append((capsys.readouterr().err.strip(), len(waited)))
+    assert said == [("p: x", 0), ("process 1: p: x", 1), ("process 1: p: x", 1), ("failed: x", 1), ("process 1 failed: x", 2)]
 
 
 def test_turns_are_the_main_process_then_the_first_of_each_machine_then_the_rest(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from mixing.bad_rows import UnreadableRow
 from mixing.buckets import Shapes, class_of
 from mixing.content import latents_key
+from mixing.file_hashes import FileHashes
 from mixing.images import decode, fit, to_tensor
 from mixing.reading import Augmentation, Images, Seen, View, gathered, read_row, to_float
 from mixing.tasks import Cells
@@ -107,6 +109,9 @@ class Kept:
     def get(self, key: bytes) -> np.ndarray | None:
         self.asked.append(key)
         return self.held.get(key)
+
+    def hash_of(self, path: Path) -> tuple[bytes, bytes | None]:
+        return FileHashes().hash(path)
 
 
 def test_latents_stand_in_for_pixels_of_the_same_content_and_view_only() -> None:

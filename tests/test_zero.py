@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from importlib.util import find_spec
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from runs import carry_out, events, make_world, plan_of, traced
-from stages import zero
+from stages import open_leg, zero
 from stages.launched import launched, read_launched
 from stages.plan import Plan
 from stages.problems import LaunchError
@@ -129,27 +131,25 @@ def test_bf16_stages_multiply_in_bf16_and_lose_as_by_ddp(stage: int, world: Path
 
 
 @needs_deepspeed
+@pytest.mark.usefixtures("parted")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_no_engine_of_an_earlier_stage_stays_in_memory(stage: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gc
-
-    from stages import open_leg
-
+def test_numbers_of_earlier_stages_do_not_stay_in_memory(stage: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go, log = open_leg.let_go, tmp_path / "alive"
 
-    def counted(device: Any) -> Any:
-        from deepspeed.runtime.engine import DeepSpeedEngine
-
+    def counted(device: torch.device) -> int:
         held = let_go(device)
+        gc.collect()  # an engine is let go of at one collection, and what it held at the next
         with log.open("a") as file:
-            file.write(f"{sum(isinstance(each, DeepSpeedEngine) for each in gc.get_objects())}\n")
+            file.write(f"{sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.Tensor))}\n")
         return held
 
     monkeypatch.setattr(open_leg, "let_go", counted)
     plan = short(world)
-    plan["stages"] = [{**plan["stages"][2], "name": name, "steps": 1, "handoff": {}} for name in ("one", "two", "three")]
+    plan["stages"] = [{**plan["stages"][1], "name": name, "steps": 1} for name in ("one", "two", "three", "four")]
     carry_out(tmp_path / "run", plan, processes=2, told=told(stage))
-    assert log.read_text().split() == ["0"] * 6
+    numbers = [int(line) for line in log.read_text().split()]
+    after_one, after_three = numbers[2:4], numbers[6:8]  # of both processes
+    assert max(after_three) <= max(after_one) + 100, "an adapter has 1,696, the model 19,788"
 
 
 @pytest.mark.parametrize(

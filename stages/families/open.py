@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -14,19 +15,38 @@ from stages.digests import file_digest
 from stages.families.base import Architecture
 from stages.families.facts import PIPELINES
 from stages.families.family import Family
-from stages.families.flux import Flux
-from stages.families.flux2 import Flux2
-from stages.families.lumina2 import Lumina2
-from stages.families.omnigen import OmniGen
-from stages.families.pixart import PixArt
-from stages.families.qwen_image import QwenImage
-from stages.families.sana import Sana
-from stages.families.sd3 import SD3
-from stages.families.wan import Wan
-from stages.families.z_image import ZImage
 from stages.plan import Model
 
-ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in (Flux(), Flux2(), Lumina2(), Sana(), OmniGen(), PixArt(), SD3(), Wan(), QwenImage(), ZImage())}
+_CLASSES = {
+    "flux": "Flux",
+    "flux2": "Flux2",
+    "lumina2": "Lumina2",
+    "sana": "Sana",
+    "omnigen": "OmniGen",
+    "pixart": "PixArt",
+    "sd3": "SD3",
+    "wan": "Wan",
+    "qwen_image": "QwenImage",
+    "z_image": "ZImage",
+}
+"""Of each family's file."""
+
+
+class _Architectures(Mapping[str, Architecture]):
+    """A family's file is imported once it is asked for: all of them bring 20 MB of pipelines along."""
+
+    def __getitem__(self, name: str) -> Architecture:
+        made: Architecture = getattr(import_module(f"stages.families.{name}"), _CLASSES[name])()
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = _Architectures()
 """The families by name."""
 
 

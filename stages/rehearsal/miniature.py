@@ -238,9 +238,25 @@ def _stage(stage: Stage, sides: Mapping[int, int], ranks: Mapping[int, int], tin
             "train": stage.train if isinstance(stage.train, str) else _fitted(stage.train, tiny.layers, place, notes, list(plan.adapters)),
             "handoff": handoff,
             "mix": stage.mix.model_copy(update={"lookback": 1}) if isinstance(stage.mix, MixAdaptive) else stage.mix,
+            **_of_a_gpu(stage, notes),
         }
     )
     return small.model_copy(update={"batch": _batch(stage, small, sources, tiny)})
+
+
+def _of_a_gpu(stage: Stage, notes: list[str]) -> dict[str, str | None]:
+    """What stands in a miniature for that which a stage computes by and a CPU has not, or takes minutes for."""
+    changed: dict[str, str | None] = {}
+    if stage.precision == "fp8":
+        changed |= {"precision": "bf16", "base": "bf16"}
+        notes.append(f"precision fp8 of '{stage.name}': it became bf16 over a base in bf16, for a CPU is not made for it")
+    if stage.attention != "auto":
+        changed["attention"] = "auto"
+        notes.append(f"attention {stage.attention} of '{stage.name}': it became auto, for most kernels are a GPU's")
+    if stage.compile is True:
+        changed["compile"] = "aot_eager"
+        notes.append(f"what inductor makes of the blocks of '{stage.name}': they were taken apart and put together again (aot_eager), which takes seconds and not minutes")
+    return changed
 
 
 def _rate(rate: LearningRate, steps: int, few: int) -> LearningRate:

@@ -15,7 +15,7 @@ from stages.handoff import EXACT
 from stages.layouts import ADAPTER_FILE, SECOND_FILE
 from stages.optim import rate_at
 from stages.peft_layout import WEIGHTS_FILE
-from stages.plan import Plan
+from stages.plan import MixAdaptive, Plan
 from stages.rehearsal.launches import Killed, logged
 from stages.rehearsal.trained import trained
 from stages.rehearsal.verdict import Verdict, judged
@@ -54,7 +54,7 @@ def steps_made(plan: Plan, folder: Path) -> Verdict:
 
 
 def shares(plan: Plan, folder: Path) -> Verdict:
-    """Whether each source gave its share of each stage's images, to within two images and a micro-batch."""
+    """Whether each source gave its share of each stage's images, to within two images and a micro-batch; twice that where shares were changed on the way."""
     pages = _json(folder / "ledger.json").get("stages", [])
     micros = Counter((line["stage"], line["step"], line["micro"]) for line in _trace(folder))
     wrong, numbers, worst = [], {}, 0.0
@@ -63,7 +63,7 @@ def shares(plan: Plan, folder: Path) -> Verdict:
         if page is None:
             wrong.append(f"the ledger has no page for stage '{stage.name}'")
             continue
-        allowed = _OFF + max((count for (name, _, _), count in micros.items() if name == stage.name), default=0)
+        allowed = (2 if isinstance(stage.mix, MixAdaptive) else 1) * (_OFF + max((count for (name, _, _), count in micros.items() if name == stage.name), default=0))
         for name, entry in page["sources"].items():
             off = abs(entry["images"] - entry["asked"] * page["images"])
             worst = max(worst, off)
