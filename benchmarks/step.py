@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step                                                            # tiny Flux, a minute on one core
     python -m benchmarks.step --size full --pixels 1024 --precision bf16 --batch 1 --images 16 --rows same  # Flux with random weights, on a GPU
     python -m benchmarks.step --script diffusers/examples/dreambooth/train_dreambooth_lora_flux.py         # beside the diffusers script
-    options: --size --pixels --batch --rank --targets --precision  --rounds --block --images --rows  --text-tokens --heavy-text --python --launches  --target --json
+    options: --family --folder --size --pixels --batch --rank --targets --precision  --rounds --block --images --rows  --text-tokens --heavy-text --python --launches  --target --json
 
 Start-up, encoding and evaluation are left out: a round times a few whole steps of each loop, one loop after the other. The bare loop is handed latents,
 noise, noise levels and encoded prompts, and does nothing but the maths: it is the floor. Losses stand beside the speed; where they differ, nothing was
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -170,7 +171,7 @@ def plan_of(folder: Path, asked: Asked, *, defaults: bool, steps: int, cache: Pa
 
     The noise levels are those that the diffusers script draws, without a shift.
     """
-    same = {} if defaults else {"precision": asked.precision, "batch": {"images": asked.batch, "micro": asked.batch}}
+    same = {} if defaults else {"precision": asked.precision, "batch": {"images": asked.batch, "micro": asked.batch}, "checkpointing": "none"}
     same |= {"timesteps": {"shift": "none"}}
     rate: Any = 1e-4 if defaults else {"peak": 1e-4, "warmup": 0}
     stage = {"name": "measured", "steps": steps, "resolution": asked.pixels, "batch": asked.batch, "lr": rate, "buckets": {"max_aspect": 1.0}, **same}
@@ -218,6 +219,13 @@ def matmul_rate(precision: str, device: torch.device) -> float:
     return max(rates)
 
 
+def let_go(device: torch.device) -> None:
+    """Hand memory that nothing refers to any more back to the GPU: a model of 24 GB that was, and the processes that are launched need theirs."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -256,6 +264,7 @@ def measure(asked: Asked, folder: Path, device: torch.device) -> tuple[list[Row]
     """All loops in turns, in one process, and the device's rate. Raises LossesDiffer."""
     same = checked_plan(folder, asked, defaults=False)
     recorded = record(same, folder / "recorded")
+    let_go(device)
     bare = Bare(folder / "model", recorded, asked.rank, asked.precision, device)
     operations, rate = bare.operations(), matmul_rate(asked.precision, device)
     plans = {name: same if name == OURS else checked_plan(folder, asked, defaults=True) for name in asked.rows if name != BARE}
@@ -413,9 +422,12 @@ def run(asked: Asked, device: torch.device, console: Console) -> dict[str, Any]:
                 build_flux(folder / "model", asked.flux, device, heavy_text=asked.heavy_text)
             else:
                 build_tiny(folder / "model", asked.family)
+            let_go(device)
             make_images(folder / "images", asked.images, asked.pixels)
             rows, rate = measure(asked, folder, device)
+            let_go(device)
             layers = _shortened(folder, asked) if asked.script else []
+            let_go(device)
             found = launches(asked, folder, layers) if asked.script else []
             once = once_through(asked, folder, layers) if asked.folder else []
     about = machine(device)

@@ -225,6 +225,11 @@ def _laid_out(family: Family, storage: torch.dtype, fake: FakeTensorMode) -> nn.
         model: nn.Module = of_class.from_config(family.model.transformer)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     _replace(model, lambda name, each: torch.empty(each.shape, dtype=torch.float32 if kept & set(name.split(".")) else storage, device="meta"))
+    with fake:
+        for module in model.modules():
+            for own, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and own not in module._non_persistent_buffers_set:
+                    module._buffers[own] = torch.empty(buffer.shape, dtype=storage)  # what is saved is stored as weights are
     return model.requires_grad_(False)
 
 

@@ -284,8 +284,8 @@ def show_stage(leg: Leg) -> None:
     )
     if asks := objective_words(stage):
         run.log.say(f"  {asks}")
-    if run.engine.is_sharded:
-        run.log.say(f"  sharded by {run.engine.words}: this process holds {run.engine.held_share(leg.model):.1%} of the model's numbers")
+    if run.engine.is_sharded and (held := run.engine.held_share(leg.model)) < 1:
+        run.log.say(f"  sharded by {run.engine.words}: this process holds {held:.1%} of the model's numbers")
     table = Table(box=None, pad_edge=True, header_style="dim")
     for column in ("source", "rows", "share", "images", "epochs"):
         table.add_column(column, justify="left" if column == "source" else "right")

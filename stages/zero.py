@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _BUCKET = 50_000_000  # numbers whose gradients are exchanged at once; DeepSpeed
 
 def deepspeed(device: str) -> ModuleType:
     """DeepSpeed, which is no part of requirements.txt. device: `cuda` or `cpu`. Raises LaunchError if it is not there."""
+    warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", category=FutureWarning)  # DeepSpeed's affair
     os.environ.setdefault("DS_ACCELERATOR", device)  # else it looks for itself, and warns where it finds no GPU
     try:
         found: ModuleType = importlib.import_module("deepspeed")
@@ -48,7 +50,9 @@ def deepspeed(device: str) -> ModuleType:
 def refused(place: str, stage: Stage, words: str) -> list[Problem]:
     """What a stage asks for and ZeRO cannot do. place: of the stage in the plan. words: `ZeRO-2` or `ZeRO-3`."""
     found = []
-    if stage.precision not in ("fp32", "bf16"):
+    if stage.precision == "fp8":
+        found.append(("precision", f"'fp8' was not tried with {words}; write bf16, or launch with accelerate_configs/ddp.yaml"))
+    elif stage.precision not in ("fp32", "bf16"):
         found.append(("precision", f"'{stage.precision}' needs a loss scale that goes on from a checkpoint, which {words} keeps to itself; write bf16, or launch with accelerate_configs/ddp.yaml"))
     if stage.optimizer.name != "adamw":
         found.append(("optimizer", f"'{stage.optimizer.name}' takes whole weights, and {words} gives each process a part of them; write adamw, or launch with accelerate_configs/ddp.yaml"))
@@ -114,7 +118,8 @@ class Zero:
             if engine.basic_optimizer is not None:
                 engine.basic_optimizer.state.clear()
                 engine.basic_optimizer.param_groups.clear()
-            for parameter in model.parameters():
+            parameters: list[Any] = list(model.parameters())
+            for parameter in parameters:
                 for held in (parameter, parameter.ds_tensor):
                     held.data, held.grad = held.data.new_empty(0), None
 

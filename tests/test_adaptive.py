@@ -53,7 +53,7 @@ def test_what_gets_better_by_being_drawn_gets_more_and_stays_inside_its_band() -
 def test_no_share_moves_further_than_the_plan_lets_it_at_once() -> None:
     falling = [{**dict.fromkeys(BEGINS, 0.5), "c": 0.5 - 0.05 * number} for number in range(10)]
     decisions = led(Rule(BEGINS, change=1.1), *falling)
-    for before, after in zip(decisions, decisions[1:], strict=False):
+    for before, after in pairwise(decisions):
         assert all(1 / 1.1 - 1e-9 <= after.following.shares[name] / before.following.shares[name] <= 1.1 + 1e-9 for name in BEGINS)
 
 
@@ -125,7 +125,7 @@ def test_shares_are_whole_ten_thousandths_and_projections_stay_inside_their_limi
         assert all(low - 1e-9 <= shares[name] <= high + 1e-9 for name, (low, high) in limits.items())
         whole = exact(shares)
         assert sum(whole.values()) == 1
-        assert all(0 < share and (share * 10_000).denominator == 1 for share in whole.values())
+        assert all(share > 0 and (share * 10_000).denominator == 1 for share in whole.values())
         assert all(abs(whole[name] - shares[name]) <= Fraction(2, 10_000) for name in names)
 
 

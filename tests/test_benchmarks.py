@@ -17,15 +17,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import step
+from benchmarks import bare, step
 from benchmarks.memory import Held, per_row
 from benchmarks.mixing import OURS, Case, Settings, deviation, run, sources_drawn
 from benchmarks.peers import PEERS
 from benchmarks.rows import SHARES, jpeg, load_tables, make_tables, open_folder
 from benchmarks.speed import BARE, bare_batches, medleys_picture, micro_batches, pillows_picture, row_numbers, stage
+from benchmarks.step_model import build_tiny
 from benchmarks.timed import read_timed
 from benchmarks.turns import LoopEnded, in_turns
+from stages.families.family import Family
+from stages.families.open import ARCHITECTURES
 
+CPU = torch.device("cpu")
 TINY = Settings(sides=(64,), rows=50, seconds=0.02, rounds=2, draws=3200, position=6400, repeats=2, sources=(5,), lengths=(1000,))
 
 
@@ -153,6 +157,25 @@ def test_loops_that_do_not_compute_the_same_are_not_compared() -> None:
         step.compare_losses("one", {1: 2.0, 10: 1.01}, {1: 2.0, 10: 1.0}, 1e-3)
     with pytest.raises(step.LossesDiffer):
         step.compare_losses("one", {1: float("nan")}, {1: 2.0}, 1e-3)
+
+
+@pytest.mark.parametrize("family", [name for name in bare.FAMILIES if name != "flux"])
+def test_bare_loop_of_another_family_predicts_what_medley_predicts(tmp_path: Path, family: str) -> None:
+    tiny = Family(ARCHITECTURES[family], str(build_tiny(tmp_path / "model", family)), None, None, CPU)
+    x = torch.randn(2, *tiny.encode_images(torch.zeros(1, 3, 32, 32)).shape[1:], generator=torch.Generator().manual_seed(0))
+    text, t = tiny.encode_prompts(["a red disc", "a blue disc"]), torch.tensor([0.3, 0.7])
+    given = bare.Inputs(x, torch.zeros_like(x), t, text.embeds, text.pooled, text.mask)
+    model = tiny.load_transformer(torch.float32, None)
+    predict = bare.Predict(bare.Recorded(family, (given,), {}, (), 0, None, torch.float32), CPU).of_family
+    with torch.no_grad():
+        assert torch.equal(predict(model, x, given), tiny.predict(model, x, t, text))
+
+
+def test_options_that_only_flux_has_are_refused_for_other_families(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in ((["--family", "sd3", "--size", "small"], "for flux alone"), (["--folder", "10"], "add --script FILE")):
+        with pytest.raises(SystemExit):
+            step.main(options)
+        assert said in capsys.readouterr().err
 
 
 def test_means_over_other_noise_may_differ_by_chance_and_no_more() -> None:

@@ -45,7 +45,10 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+QUICK = ("flux",)  # the others with -m slow: each takes seconds on a machine that is busy
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A tiny model of each family."""
     return open_family(str(MODELS[request.param].build(tmp_path_factory.mktemp(request.param) / "model")), CPU)
@@ -106,7 +109,6 @@ def test_making_a_step_without_numbers_leaves_nothing_of_it_behind(family: Famil
     predicted = shown.predict(family, model, shown.x, torch.tensor([0.3, 0.6]))
     assert not isinstance(predicted, FakeTensor)
     assert bool(predicted.isfinite().all())
-    assert family.held_encoders == ("vae", "text encoders") or "text encoders" in family.held_encoders or family.name == "omnigen"
 
 
 def test_nothing_is_encoded_for_an_estimate(tmp_path: Path) -> None:
@@ -169,14 +171,16 @@ def test_the_peak_of_a_process_can_be_measured_from_now_on() -> None:
     assert 115e6 < peak - before < 135e6
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.skipif(peak_bytes(CPU) is None, reason="only Linux tells a process its peak")
-@pytest.mark.parametrize("case", [Case("flux", {"precision": "fp32"}, 1)], ids=str)
+@pytest.mark.parametrize("case", [Case("flux", {"precision": "fp32"}, 1), Case("sd3", {"precision": "fp32"}, 2), Case("flux", {"precision": "bf16"}, 4)], ids=str)
 def test_the_estimate_is_within_15_percent_of_what_a_process_takes(case: Case) -> None:
     assert abs(in_a_process(case, "cpu").ratio - 1) < 0.15
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("case", [Case("flux", {"precision": "bf16"}, 4), Case("flux", {"precision": "bf16", "base": "nf4", "offload": True}, 4), Case("sd3", {"precision": "bf16", "checkpointing": "full"}, 4)], ids=str)
 def test_the_estimate_is_within_15_percent_of_what_torch_allocates_on_a_gpu(case: Case) -> None:
     told: Found = found(case, torch.device("cuda"))

@@ -77,6 +77,25 @@ def test_run_goes_on_under_other_engines_and_numbers_of_processes(world: Path, b
     assert apart(by_one, folder) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "told", "stage"),
+    [
+        (4, {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, {}),
+        (2, {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}),
+        (2, {"FSDP_TRANSFORMER_CLS_TO_WRAP": "FluxTransformerBlock,FluxSingleTransformerBlock"}, {}),
+        (2, {}, {"compile": "aot_eager", "checkpointing": "full"}),
+    ],
+    ids=["two replicas of two", "gathered weights kept", "classes named", "compiled and recomputed"],
+)
+def test_other_ways_to_shard_end_alike(world: Path, by_one: Path, tmp_path: Path, processes: int, told: dict[str, str], stage: dict[str, str]) -> None:
+    plan = short(world)
+    for each in plan["stages"]:
+        each |= stage
+    carry_out(tmp_path / "run", plan, processes=processes, told={**FSDP2, **told})
+    assert apart(by_one, tmp_path / "run") < 1e-6
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [

@@ -17,14 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from families import noise
 from models import tiny_flux
-from runs import adapter_bytes, carry_out, events, make_data, plan_of
+from runs import adapter_bytes, carry_out, events, make_data, plan_of, write_plan
 from stages.adapter import add_adapter, choose_trainable, lora_layers, without_input_casts
+from stages.check import check_plan
 from stages.families.family import Family
 from stages.families.open import open_family
 from stages.families.tiny import flux, flux2, lumina2, omnigen, pixart, qwen_image, sana, sd3, wan, z_image
 from stages.handoff import cause_of_change
 from stages.offload import OffloadedLinear, leave_out_of_ddp, off_device_bytes
 from stages.plan import Adapter, Checkpointing, Quantised, Stage
+from stages.reader import read_plan
 from stages.recomputation import recompute
 from stages.storage import Stored, block_layers, keep_off, load_stored
 
@@ -208,6 +210,18 @@ def test_ddp_overlooks_what_is_kept_off_the_device_and_nothing_else(one: Family)
 def test_offload_is_no_cause_of_a_change() -> None:
     stage = Stage.model_validate({"name": "a", "steps": 1, "resolution": 8, "batch": 1, "lr": 1e-4})
     assert cause_of_change(stage, stage.model_copy(update={"offload": True})) is None
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"train": "full"}, "train: full changes them"), ({"precision": "fp8"}, "weights that come to the device for each product")])
+def test_what_cannot_be_kept_off_the_device_is_refused_before_anything_is_loaded(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    make_data(tmp_path / "data")
+    tiny_flux(tmp_path / "model", pixels=True)
+    stage = {"name": "only", "steps": 2, "resolution": 8, "batch": 4, "lr": 0.01, "offload": True}
+    for asked, problems in (({**stage, **changes}, 1), (stage, 0)):
+        read = read_plan(write_plan(tmp_path / "plan.yaml", plan_of(tmp_path, stages=[asked])))
+        found = [str(problem) for problem in check_plan(read, tmp_path) if "offload" in str(problem)]
+        assert len(found) == problems
+        assert all(said in each for each in found)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
         "18:5: stages[1].lr: field 'peak' is missing; it is a number from 0 to 1,000",
         "18:10: stages[1].lr: no field 'peek' (fields: peak, warmup, warmup_from, schedule, floor); did you mean 'peak'?",
     ]),
-    "unknown mix": ("mix: natural", "mix: natual", ["14:10: stages[1].mix: 'natual' is not 'natural', nor a mapping (power), nor a mapping of names to values, nor a mapping (from, to); did you mean 'natural'?"]),
+    "unknown mix": ("mix: natural", "mix: natual", ["14:10: stages[1].mix: 'natual' is not 'natural', nor a mapping (power), nor a mapping of names to values, nor a mapping (from, to), nor a mapping (adaptive, follows, band, floor, ceiling, change, lookback, tolerance, epochs, targets); did you mean 'natural'?"]),
     "power out of range": ("mix: natural", "mix: {power: 2}", ["14:18: stages[1].mix.power: 2 is not a number from 0 to 1"]),
     "negative share": ("{t2i: 1, edit: 1}", "{t2i: 1, edit: -1}", ["8:25: stages[0].mix.edit: -1 is not a number of at least 0"]),
     "no space after the colon": ("{t2i: 1, edit: 1}", "{t2i:1, edit: 1}", ["8:11: stages[0].mix: 't2i:1' has no value; write a space after the ':'"]),

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -661,3 +663,8 @@ def test_a_hub_split_is_named_and_a_wrong_one_refused(tmp_path: Path, monkeypatc
     assert same(source.example(0), CAPTIONED[1])
     with pytest.raises(SourceError, match=r"split 'test', cannot be loaded: .*[Uu]nknown split"):
         opened(tmp_path, path, split="test")
+
+
+def test_files_are_read_without_the_datasets_library() -> None:
+    code = "import sys, mixing.mixture, mixing.source, mixing.stream; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

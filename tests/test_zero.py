@@ -122,6 +122,7 @@ def test_run_goes_on_under_other_engines_and_numbers_of_processes(world: Path, b
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_stages_multiply_in_bf16_and_lose_as_by_ddp(stage: int, world: Path, tmp_path: Path) -> None:
     plan = short(world)
+    plan["dry_step"] = True
     plan["stages"] = [{**plan["stages"][0], "precision": "bf16", "base": "fp32"}, {**plan["stages"][1], "precision": "bf16", "base": "bf16"}]
     carry_out(tmp_path / "ddp", plan, processes=2)
     carry_out(tmp_path / "zero", plan, processes=2, told=told(stage))
@@ -150,6 +151,15 @@ def test_numbers_of_earlier_stages_do_not_stay_in_memory(stage: int, world: Path
     numbers = [int(line) for line in log.read_text().split()]
     after_one, after_three = numbers[2:4], numbers[6:8]  # of both processes
     assert max(after_three) <= max(after_one) + 100, "an adapter has 1,696, the model 19,788"
+
+
+@needs_deepspeed
+def test_moments_of_some_weights_only_are_not_kept(world: Path, tmp_path: Path) -> None:
+    plan = short(world)
+    part = {**plan["stages"][1], "name": "part", "steps": 1, "train": ["transformer_blocks.*"]}
+    plan["stages"] = [part, {**plan["stages"][2], "steps": 1}]
+    said = carry_out(tmp_path / "run", plan, processes=2, told=told(2), expect=2)
+    assert re.search(r"handoff.optimizer: finds the moments of \d+ of \d+ weights, and ZeRO counts the steps of all together; write reset", said)
 
 
 @pytest.mark.parametrize(
