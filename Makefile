@@ -28,8 +28,8 @@ test: .venv/installed-dev  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-processes: .venv/installed-dev  ## real launchers: faults on one process of two, two launchers as of two machines; eight minutes
-	$(BIN)/python -m pytest tests/test_processes.py -m slow --quiet
+processes: .venv/installed-dev  ## real launchers: faults on one process of two, two launchers as of two machines, other ways to shard; ten minutes
+	$(BIN)/python -m pytest tests/test_processes.py tests/test_fsdp.py -m slow --quiet
 
 docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
 	$(BIN)/python -m stages.plan_docs

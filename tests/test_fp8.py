@@ -173,6 +173,7 @@ def test_a_run_in_fp8_on_a_device_that_is_not_made_for_it_is_refused_before_anyt
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_makes_the_same_products_as_the_cpu_in_fp8() -> None:
     device = torch.device("cuda")
     plain, layer = layer_of()

@@ -67,8 +67,9 @@ def test_sharded_run_through_all_stages_ends_as_that_of_one_process(world: Path,
 
 
 def test_run_goes_on_under_other_engines_and_numbers_of_processes(world: Path, by_one: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    carry_out(folder, short(world), processes=2, told=FSDP2, kill_at=28)  # in the first stage, which trains every weight with an average
+    folder, record = tmp_path / "run", tmp_path / "events"
+    carry_out(tmp_path / "counted", short(world), "--until", "found", processes=2, told=FSDP2, record=record)
+    carry_out(folder, short(world), processes=2, told=FSDP2, kill_at=int(record.read_text()) * 3 // 4)  # in the first stage, which trains every weight with an average
     first = carry_out(folder, short(world), "--until", "found")
     assert "going on with stage 'found' after step" in first
     carry_out(folder, short(world), "--until", "expose", processes=2)

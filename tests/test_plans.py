@@ -179,7 +179,7 @@ def test_lines_with_numbers_are_told_from_those_with_digits_in_names() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_data_of_a_plan_lie_in_a_folder_of_its_own(name: str) -> None:
-    arms = {"monkey_uncapped": "monkey", "pyramid_flow_uniform": "pyramid_flow", "mini_omni_warmup": "mini_omni"}
+    arms = {"monkey_uncapped": "monkey", "pyramid_flow_uniform": "pyramid_flow", "mini_omni_warmup": "mini_omni", "omnigen_adaptive": "omnigen"}
     assert all(source.path.split("/")[:2] == ["data", arms.get(name, name)] for source in plan_of(name).sources.values())
 
 

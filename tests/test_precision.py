@@ -294,6 +294,7 @@ def test_the_collector_passes_over_what_is_there_and_finds_what_comes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpus_memory_is_handed_back_at_a_switch(tmp_path: Path) -> None:
     world, stage = make_world(tmp_path / "world"), {"steps": 2, "resolution": 8, "batch": {"images": 8, "micro": 4}, "lr": 0.01}
     stages = [{**stage, "name": f"s{number}", "precision": mode, **({"base": base} if base else {})} for number, (mode, base) in enumerate(SWITCHES)]
