@@ -56,6 +56,7 @@ def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
 
 def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator, processes: Processes, stop: Stop, *, trace: bool) -> Iterator[Run]:
     engine = open_engine(told, accelerator)
+    processes.wait()  # whoever ends now, the others have met it
     engine.refuse(plan)
     if not isinstance(engine, Whole):
         for index, stage in enumerate(plan.stages):

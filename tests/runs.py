@@ -213,10 +213,17 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
         codes.append(os.waitstatus_to_exitcode(status))
         if rank == 0 and codes[0] != 0:
             # A launcher ends the others; what they had to say for themselves they have said by then.
-            time.sleep(0.0 if codes[0] < 0 else 0.5)
+            until = time.monotonic() + (0.0 if codes[0] < 0 else 10.0)
+            while time.monotonic() < until and not all(_has_ended(other) for other in children[1:]):
+                time.sleep(0.05)
             for other in children[1:]:
                 os.kill(other, signal.SIGKILL)
     return codes
+
+
+def _has_ended(child: int) -> bool:
+    """Whether a process has ended; its exit code stays to be asked for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def carry_out(folder: Path, plan: Mapping[str, Any], *options: str, processes: int = 1, kill_at: int | None = None, record: Path | None = None, expect: int = 0, told: Mapping[str, str] = NOTHING) -> str:
