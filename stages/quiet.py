@@ -22,6 +22,8 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # diffusers 0.42.1 normalises in its weights' dtype: a bf16 input to float32 weights is what autocast means.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # No transformer of diffusers writes into what a block gives: all ten families learn sharded what they learn whole (tests/test_fsdp.py).
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

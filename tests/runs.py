@@ -167,7 +167,8 @@ def _count_events(limit: int | None, record: Path | None) -> None:
     wrap(os, "replace")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -178,7 +179,7 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
 
     told: variables that a launcher sets beside, for the engine.
     """
-    port = _free_port()
+    port = free_port()
     children = []
     for rank in range(processes):
         child = os.fork()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from runs import FSDP2, carry_out, events, make_world, plan_of, traced
-from stages.launched import launched, read_launched
+from families import adapted, noise
+from runs import FSDP2, carry_out, events, free_port, make_world, plan_of, traced
+from stages.adapter import choose_trainable
+from stages.families.open import open_family
+from stages.families.tiny import flux, flux2, lumina2, omnigen, pixart, qwen_image, sana, sd3, wan, z_image
+from stages.fsdp import Sharded
+from stages.launched import Launched, launched, read_launched
+from stages.precision import StagePrecision, start_accelerator
 from stages.problems import LaunchError
+from stages.sharing import whole
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +106,46 @@ def test_other_ways_to_shard_end_alike(world: Path, by_one: Path, tmp_path: Path
         each |= stage
     carry_out(tmp_path / "run", plan, processes=processes, told={**FSDP2, **told})
     assert apart(by_one, tmp_path / "run") < 1e-6
+
+
+def learn_sharded(rank: int, port: int, folder: Path, found: Any) -> None:
+    """In a process of its own: the gradients of an adapter, and of every weight, of a whole model and of a sharded one; hands in the largest difference of each."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    engine = Sharded(Launched("fsdp2"), start_accelerator(None))
+    family, precision = open_family(str(folder), torch.device("cpu")), StagePrecision("fp32", torch.device("cpu"))
+    side, small = 4 * family.pixel_multiple, 2 * family.pixel_multiple
+    x = noise(2, family.encode_images(torch.zeros(1, 3, small, small)).shape[1], side // family.factor, side // family.factor)
+    apart = []
+    for train in ("adapter", "full"):
+        gradients = []
+        for sharded in (False, True):
+            model = adapted(family) if train == "adapter" else family.load_transformer(torch.float32, None)
+            training: Any = SimpleNamespace(wrapped=model, trainable=choose_trainable(model.train(), train, "test", unread=family.unread))
+            if sharded:
+                training = engine.train(model, training.trainable, lambda parameters: torch.optim.SGD(parameters.values(), lr=0.1), precision)
+                assert engine.held_share(model) < 0.95
+            predicted = family.predict(training.wrapped, x, torch.tensor([0.3, 0.6]), family.encode_prompts(["a red disc", "a blue square"]))
+            predicted.square().mean().backward()
+            gradients.append({name: whole(weight.grad) for name, weight in training.trainable.items() if weight.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        size = max(float(gradient.abs().max()) for gradient in gradients[0].values())
+        apart.append(max(float((gradient - gradients[1][name]).abs().max()) for name, gradient in gradients[0].items()) / size)
+    found.put((rank, apart))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [flux, flux2, lumina2, omnigen, pixart, qwen_image, sana, sd3, wan, z_image], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_every_family_learns_sharded_what_it_learns_whole(build: Any, tmp_path: Path) -> None:
+    folder, forked = build.build(tmp_path / "model"), multiprocessing.get_context("fork")
+    found, port = forked.Queue(), free_port()
+    processes = [forked.Process(target=learn_sharded, args=(rank, port, folder, found)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    apart = dict(found.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join()
+    assert all(largest < 1e-5 for rank in (0, 1) for largest in apart[rank]), apart
 
 
 @pytest.mark.parametrize(
