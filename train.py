@@ -162,6 +162,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     from stages.objectives.parts import errors_and_losses
     from stages.open_leg import open_leg
     from stages.precision import Multiplied
+    from stages.save_leg import save_leg
 
     rate = resolved_rate(stage)
     leg = open_leg(run, index, stage)
@@ -211,7 +212,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                 # A signal is agreed on by all processes; then the step just made is saved and they leave.
                 stopping = run.stop.agreed(run.accelerator)
                 if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
-                    leg.save()
+                    save_leg(leg)
                 if stopping and leg.step < stage.steps:
                     run.log.say(f"stopped by {run.stop.name} after step {leg.step} of '{stage.name}', saved; the same command goes on")
                     return None

@@ -12,6 +12,7 @@ from stages.leg import Leg
 from stages.memory import peak_bytes
 from stages.report import write_report
 from stages.sampling import previews, sheet
+from stages.save_leg import save_leg
 from stages.stage_event import stage_event
 
 
@@ -57,7 +58,7 @@ def finish_leg(leg: Leg) -> Checkpoint:
     run.log.write({**stage_event(leg), "state": "end", "seconds": round(leg.seconds_before + time.monotonic() - leg.began, 3), "encoded": encoded})
     if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:
         run.log.say(f"  cache so far in this launch: {'; '.join(said)}")
-    leg.save(finished=True, probed=probed)
+    save_leg(leg, finished=True, probed=probed)
     if run.accelerator.is_main_process:
         write_report(run.folder)
     run.processes.wait()

@@ -1,10 +1,8 @@
-"""A leg: one stage under way. Its model, optimizer and counts, and the duties around the loop in train.py: log, evaluate, save, finish."""
+"""A leg: one stage under way. Its model, optimizer and counts, and the duties around the loop in train.py: follow, log, evaluate."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -24,8 +22,6 @@ from mixing.buckets import Size
 from mixing.keys import key
 from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
-from stages.adapter import adapter_weights
-from stages.checkpoint import keep_newest, step_folder, write_checkpoint, write_whole
 from stages.compiled import counted, uncompiled
 from stages.dropout import Drawing
 from stages.encode import kept_latents
@@ -33,12 +29,10 @@ from stages.engine import Training
 from stages.evaluate import Measured, evaluate
 from stages.feed import stage_mixture
 from stages.follower import Follower, changes_every
-from stages.ledger import ledger_entry
 from stages.memory import EncoderRest, Released
 from stages.objective import Drawn, Objective
 from stages.objectives.parts import Part
 from stages.optim import Average, found_step_size, rate_at
-from stages.placed import all_adapters
 from stages.plan import LearningRate, Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
@@ -46,14 +40,12 @@ from stages.reader import PlanError
 from stages.resolved import resolved_rate
 from stages.run import Run
 from stages.sent import sent
-from stages.sharing import whole
 from stages.shown import Shown, show
+from stages.window import MOST_PARTS, CountedPart, Window
 
 if TYPE_CHECKING:
-    from mixing.lanes import State
     from stages.open_lanes import Lanes
 
-_MOST_PARTS = 256  # whose errors wait on the device to be summed up
 _MOST_AT_ONCE = 8  # micro-batches read together
 _BYTES_AT_ONCE = 2**20  # of their pixels
 MOST_SKIPPED = 50  # the loss scale is 1e15 times smaller by then; at the start some 10 are usual
@@ -61,51 +53,6 @@ MOST_SKIPPED = 50  # the loss scale is 1e15 times smaller by then; at the start 
 
 class TrainingError(RunError):
     """Training cannot go on: what was measured is not what the plan asks for, or is no number."""
-
-
-@dataclass
-class Window:
-    """What has been counted on this process since the last line of the log."""
-
-    began: float
-    waited: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    images: dict[str, int] = field(default_factory=dict)
-    parts: list[CountedPart] = field(default_factory=list)
-    """Those whose sums are not taken yet: to take them costs as much for many as for one."""
-    sums: Tensor | None = None
-    """float64 on the device: of images' errors by source; then errors and numbers of images by tenth of the noise level; then of what is trained, the errors
-    weighted. None: nothing was counted."""
-
-    def sum_up(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """The sums, with all parts taken into them; nothing is waited for. names: of the sources."""
-        if self.sums is None:
-            self.sums = torch.zeros(len(names) + 21, dtype=torch.float64, device=device)
-        if self.parts:
-            places = {name: place for place, name in enumerate(names)}
-            of_source = sent(torch.tensor([places[source] for part in self.parts for source in part.sources]), device)
-            t, errors, losses = (torch.cat([getattr(part, name) for part in self.parts]) for name in ("t", "errors", "losses"))
-            of_tenth = (t * 10).long().clamp(max=9) + len(names)
-            errors = errors.double()
-            self.sums.index_add_(0, torch.cat([of_source, of_tenth, of_tenth + 10]), torch.cat([errors, errors, torch.ones_like(errors)]))
-            self.sums[-1] += losses.double().sum()
-            self.parts = []
-        return self.sums
-
-
-@dataclass(frozen=True)
-class CountedPart:
-    """What a part of a micro-batch brought."""
-
-    sources: tuple[str, ...]
-    """Of each of its images."""
-    t: Tensor
-    """Their noise levels, float32 [b]."""
-    errors: Tensor
-    """float32 [b]"""
-    losses: Tensor
-    """The same, weighted, which is what is trained."""
 
 
 @dataclass
@@ -277,7 +224,7 @@ class Leg:
         for source in sources:
             self.tokens[source] = self.tokens.get(source, 0) + tokens
         window.parts.append(CountedPart(sources, part.t, errors, losses))
-        if len(window.parts) >= _MOST_PARTS:
+        if len(window.parts) >= MOST_PARTS:
             window.sum_up(list(self.mixture.asked), errors.device)
 
     def count(self, batch: MicroBatch) -> None:
@@ -470,74 +417,6 @@ class Leg:
         self.note_released(self.rest.aside())
         self.window.began += time.monotonic() - began  # it is no time of training
         return measured
-
-    def save(self, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint of everything that resuming needs; every process takes part, the main one writes."""
-        run, stage = self.run, self.stage
-        names = list(self.mixture.asked)
-        counted = self.summed([*(self.images.get(name, 0) for name in names), *(self.tokens.get(name, 0) for name in names), *self.levels])
-        lanes = self.lanes.states(self.mixture, self.step)
-        if run.accelerator.num_processes > 1 and self.lanes.readers:
-            everywhere: list[dict[str, dict[str, State]]] = gather_object([lanes])
-            lanes = {name: {lane: state for own in everywhere for lane, state in own[name].items()} for name in lanes}
-        if run.cache:
-            run.cache.flush()
-            self.warn_of_cache()
-        self.check_rows()
-        tensors = self._tensors() if run.engine.is_sharded or run.accelerator.is_main_process else {}
-        if run.accelerator.is_main_process:
-            if probed is not None:
-                tensors["probe"] = probed
-            images, tokens = (dict(zip(names, counted[first : first + len(names)], strict=True)) for first in (0, len(names)))
-            levels = counted[2 * len(names) :]
-            folder = run.stage_folder(self.index)
-            place = step_folder(folder, self.step)
-            entry = ledger_entry(self.mixture, stage.name, self.step, images, tokens, levels, {name: len(rows) for name, rows in self.bad.items()})
-            run.log.write({"event": "save", "stage": stage.name, "step": self.step, "folder": str(place.relative_to(run.folder))})
-            drawn: dict[str, dict[str, int]] = {}
-            for (source, signature), count in {**run.drawn_before(), **self.mixture.order.drawn_after(self.step)}.items():
-                drawn.setdefault(source, {})[signature] = count
-            base = self.base_file
-            state = {
-                "stage": stage.name,
-                "index": self.index,
-                "finished": finished,
-                "adapters": {name: placed.settings.model_dump(mode="json") for name, placed in all_adapters(run.plan, self.index).items()},
-                "plan": run.recorded(stage),
-                "base": None if base is None or stage.train == "full" else os.path.relpath(base, place),
-                "scaler": self.precision.scaler.state_dict(),
-                "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "ema_updates": self.average.updates if self.average else None,
-                "images": images,
-                "tokens": tokens,
-                "levels": levels,
-                "lanes": {**self.lanes.others, **lanes},
-                "adaptive": self.follower.state() if self.follower else None,
-                "bad": self.bad,
-                "drawn": drawn,
-                "ledger": entry,
-                "seconds": self.seconds_before + time.monotonic() - self.began,
-                "processes": run.accelerator.num_processes,
-                "metrics_bytes": run.log.size(),
-                "trace_bytes": run.trace.size() if run.trace else 0,
-            }
-            write_checkpoint(folder, self.step, tensors, state)
-            keep_newest(folder, 1 if finished else run.plan.keep, self.step)
-            write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
-        run.processes.wait()
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of weights and optimizer, whole and on the CPU."""
-        tensors = {"optimizer": self.training.optimizer_state()}
-        with self.training.gathered():
-            if self.stage.train == "full":
-                tensors["transformer"] = {name: whole(value) for name, value in self.model.state_dict().items()}
-            else:
-                tensors["adapter"] = {**self.carried, **adapter_weights(self.model)}
-        if self.average:
-            tensors["ema"] = {name: whole(value) for name, value in self.average.values.items()}
-        return tensors
 
     def encoded(self) -> dict[str, tuple[int, int]]:
         """Of images and of prompts, how many encodings were found in the cache in this launch, and how many were made, over all processes."""

@@ -21,7 +21,7 @@ from stages.explain import byte_words
 from stages.feed import stage_mixture
 from stages.follower import changes_every, changes_of, open_follower
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
-from stages.leg import Leg, TrainingError, Window
+from stages.leg import Leg, TrainingError
 from stages.memory import EncoderRest, let_go, restart_peak
 from stages.objective import Objective
 from stages.offload import off_device_bytes
@@ -37,6 +37,7 @@ from stages.run import Run
 from stages.sampling import JudgeError
 from stages.sharing import numbers, shared_like
 from stages.stage_event import stage_event
+from stages.window import Window
 
 
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:

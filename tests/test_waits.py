@@ -15,11 +15,11 @@ from mixing.reading import Images, Regions
 from stages.families.base import Text
 from stages.families.family import Family
 from stages.families.open import ARCHITECTURES
-from stages.leg import CountedPart, Window
 from stages.objective import Objective
 from stages.objectives.parts import errors_and_losses
 from stages.plan import Stage
 from stages.shown import show
+from stages.window import CountedPart, Window
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SIDE = 16
