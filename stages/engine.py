@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from stages.objectives.parts import Part
 from stages.optim import load_optimizer_state, optimizer_state
+from stages.pace import Pace
 from stages.plan import Plan
 from stages.precision import StagePrecision
+from stages.sharing import plain
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 """Gives an optimizer over named parameters."""
@@ -107,15 +109,18 @@ class TorchTraining:
         optimizer: torch.optim.Optimizer,
         precision: StagePrecision,
         held_back: Callable[[], AbstractContextManager[None]],
+        pace: Pace | None = None,
     ) -> None:
+        """pace: where every pass needs every process."""
         self.wrapped, self.trainable, self.optimizer = wrapped, dict(trainable), optimizer
         self.held_back = held_back
-        self._precision = precision
+        self._precision, self._pace = precision, pace
 
     def paced(self, parts: Sequence[Part], is_last: bool) -> Iterator[tuple[Part, bool, bool]]:
-        """Each part as it is; processes need not wait for one another."""
-        for part in parts:
-            yield part, True, is_last and part is parts[-1]
+        """As `Training.paced`."""
+        if self._pace is not None:
+            return self._pace.paced(parts, is_last)
+        return ((part, True, is_last and part is parts[-1]) for part in parts)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled up where the stage computes in fp16."""
@@ -143,7 +148,7 @@ class TorchTraining:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), clip or float("inf"))
         self._precision.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, self._precision.update_scale()
+        return plain(norm), self._precision.update_scale()
 
 
 class Whole:

@@ -10,39 +10,25 @@ gradients are gathered too, by a part that counts nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.engine import MakeOptimizer, TorchTraining
 from stages.launched import Launched
-from stages.objectives.parts import Part
+from stages.pace import Pace
 from stages.plan import Plan
 from stages.precision import StagePrecision
 from stages.problems import LaunchError, PlanError, Problem
-from stages.sharing import part_of, plain
-
-
-class Pace:
-    """Asks, before each call that needs every process, whether any of them still has one to make. It is asked on the CPU, so no device is waited for."""
-
-    def __init__(self) -> None:
-        # NCCL exchanges what is on GPUs only, and would have the CPU wait for all that is queued there.
-        self._group = dist.new_group(backend="gloo")
-
-    def any(self, mine: bool) -> bool:
-        """Whether it is true of any process; all of them must ask."""
-        told = torch.tensor([int(mine)])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(told)
+from stages.sharing import part_of
 
 
 class Sharded:
@@ -81,20 +67,20 @@ class Sharded:
         """The model, sharded block by block."""
         return self._shard(model, set())
 
-    def train(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], make: MakeOptimizer, precision: StagePrecision) -> ShardedTraining:
+    def train(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], make: MakeOptimizer, precision: StagePrecision) -> TorchTraining:
         """The model with its frozen weights sharded and its adapters inside DDP; or, where it trains whole, sharded with all that trains."""
         adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         if not adapters:
             self._shard(model, set())
             held = {name: parameter for name, parameter in model.named_parameters() if name in trainable}
-            return ShardedTraining(model, held, make(held), precision, lambda: _unsynchronised(model), self._pace)
+            return TorchTraining(model, held, make(held), precision, lambda: _unsynchronised(model), self._pace)
         for parameter in adapters.values():
             parameter.data = parameter.data.to(self._device)
         self._shard(model, set(adapters.values()))
         ignored = [name for name, _ in model.named_parameters() if name not in trainable] + [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
         wrapped = DistributedDataParallel(model, device_ids=None)
-        return ShardedTraining(wrapped, trainable, make(trainable), precision, wrapped.no_sync, self._pace)
+        return TorchTraining(wrapped, trainable, make(trainable), precision, wrapped.no_sync, self._pace)
 
     def release(self, model: nn.Module) -> None:
         """Nothing but its user holds it."""
@@ -145,35 +131,6 @@ class Sharded:
                 f"the launcher is told fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(missing))}, and {type(model).__name__} has no such module; leave it out, and its own blocks are sharded"
             )
         return found
-
-
-class ShardedTraining(TorchTraining):
-    """As `TorchTraining`, with every process at each pass."""
-
-    def __init__(
-        self,
-        wrapped: nn.Module,
-        trainable: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        precision: StagePrecision,
-        held_back: Callable[[], AbstractContextManager[None]],
-        pace: Pace,
-    ) -> None:
-        super().__init__(wrapped, trainable, optimizer, precision, held_back)
-        self._pace = pace
-
-    def paced(self, parts: Sequence[Part], is_last: bool) -> Iterator[tuple[Part, bool, bool]]:
-        """Each part; the last one of the step, whose gradients are exchanged, when it is the last of every process, and until then again without counting."""
-        for part in parts:
-            ends = is_last and part is parts[-1]
-            while self._pace.any(not ends) and ends:
-                yield part, False, False
-            yield part, True, ends
-
-    def step(self, clip: float | None) -> tuple[Tensor, bool]:
-        """As `Training.step`."""
-        norm, made = super().step(clip)
-        return plain(norm), made
 
 
 def _mesh(device: str, processes: int, replicas: int) -> DeviceMesh:

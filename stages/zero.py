@@ -23,10 +23,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stages.engine import ALONE, MakeOptimizer
-from stages.fsdp import Pace
 from stages.launched import Launched
 from stages.objectives.parts import Part
 from stages.optim import AVERAGED, by_name
+from stages.pace import Pace
 from stages.plan import Plan, Stage
 from stages.precision import StagePrecision
 from stages.problems import LaunchError, PlanError, Problem
@@ -234,12 +234,8 @@ class ZeroTraining:
         return see
 
     def paced(self, parts: Sequence[Part], is_last: bool) -> Iterator[tuple[Part, bool, bool]]:
-        """Each part; the last one of the step when it is the last of every process, and until then again without counting."""
-        for part in parts:
-            ends = is_last and part is parts[-1]
-            while self._pace.any(not ends) and ends:
-                yield part, False, False
-            yield part, True, ends
+        """As `Training.paced`."""
+        return self._pace.paced(parts, is_last)
 
     @contextmanager
     def held_back(self) -> Iterator[None]:

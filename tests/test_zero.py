@@ -100,7 +100,7 @@ def test_run_by_zero_through_all_stages_ends_as_that_of_one_process(stage: int, 
     assert mine.keys() == other.keys()
     assert all(mine[name].flatten().tolist() == pytest.approx(other[name].flatten().tolist(), rel=1e-3, abs=1e-6) for name in mine)
     held = [float(found) for found in re.findall(r"holds (\d+\.\d)% of the model's numbers", said)]
-    assert held == pytest.approx([share] * 3, abs=1)
+    assert held == (pytest.approx([share] * 3, abs=1) if share < 100 else []), "where weights stay whole nothing is said of them"
 
 
 @needs_deepspeed
