@@ -26,7 +26,7 @@ def break_at(place: str, note: Path) -> None:
     """Make this process fail at a place. note: the file in which it writes when."""
     from torch import optim
 
-    from stages import finish, leg, open_run
+    from stages import finish, leg, open_run, save_leg
     from stages.families.family import Family
 
     def fails(error: Callable[[], BaseException | None], skip: int = 0, instead: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -58,7 +58,7 @@ def break_at(place: str, note: Path) -> None:
     elif place == "evaluation":
         leg.evaluate = fails(lambda: RuntimeError(SAYS), 1, leg.evaluate)  # type: ignore[assignment]
     elif place == "saving":
-        leg.write_checkpoint = fails(lambda: OSError(errno.ENOSPC, SAYS))  # type: ignore[assignment]
+        save_leg.write_checkpoint = fails(lambda: OSError(errno.ENOSPC, SAYS))  # type: ignore[assignment]
     elif place == "publishing":
         finish.publish_adapter = fails(lambda: RuntimeError(SAYS))  # type: ignore[assignment]
     else:

@@ -28,6 +28,7 @@ from mixing.source import Source as Rows
 from mixing.source import open_source
 from models import tiny_flux
 from runs import adapter_bytes, carry_out, copy_run, events, launch, make_data, make_world, plan_of, write_plan
+from stages import save_leg
 from stages.adapter import adapter_weights, add_adapter, load_adapter_weights, lora_layers
 from stages.checkpoint import read_checkpoint
 from stages.explain import explain
@@ -501,17 +502,17 @@ def test_a_damaged_merged_base_is_named_and_not_gone_on_from(run: tuple[Path, st
 @pytest.mark.launch
 def test_a_run_that_is_killed_in_the_middle_of_every_stage_ends_in_the_same_bytes(run: tuple[Path, str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed (kill -9) after the first step of each stage, and gone on with."""
-    save = Leg.save
+    save = save_leg.save_leg
 
-    def save_and_die(leg: Leg, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
-        save(leg, finished, probed)
+    def save_and_die(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
+        save(leg, finished=finished, probed=probed)
         if not finished:
             os.kill(os.getpid(), signal.SIGKILL)
 
     folder, killed = run[0], tmp_path / "killed"
     file = write_plan(tmp_path / "plan.yaml", handing_plan(world))
     with monkeypatch.context() as patch:
-        patch.setattr(Leg, "save", save_and_die)
+        patch.setattr(save_leg, "save_leg", save_and_die)  # the loop takes it from there
         for number in range(1, 7):
             assert launch([str(file), "--out", str(killed)]) == [-signal.SIGKILL]
             assert [path.name for path in killed.glob(f"stages/{number}-*/step-*")] == ["step-000001"]
@@ -570,15 +571,15 @@ def test_dropout_makes_another_run_and_resuming_and_two_processes_make_the_same(
     """Killed after the first step and gone on with, bit for bit; with two processes to rounding; without dropout not at all."""
     plan = named_plan(world)
     file = write_plan(tmp_path / "plan.yaml", plan)
-    save = Leg.save
+    save = save_leg.save_leg
 
-    def save_and_die(leg: Leg, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
-        save(leg, finished, probed)
+    def save_and_die(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
+        save(leg, finished=finished, probed=probed)
         if leg.index == 2 and not finished:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Leg, "save", save_and_die)
+        patch.setattr(save_leg, "save_leg", save_and_die)  # the loop takes it from there
         assert launch([str(file), "--out", str(tmp_path / "killed")]) == [-signal.SIGKILL]
     carry_out(tmp_path / "killed", plan)
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(named)
