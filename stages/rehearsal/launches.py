@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ _LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE"
 """What a launcher leaves in the environment begins with these words; a process of a rehearsal is none of its."""
 
 _LONGEST = 1800.0  # seconds, after which a run counts as stuck and is ended
+_TRIES = 4  # runs begun to be killed
 _SHOWN = 12  # last lines of a run that failed
 
 
@@ -57,7 +59,7 @@ def launch_both(plan: Path, small: Plan, folder: Path, tell: Callable[[str], Non
     at: Killed | None = None
     again: subprocess.Popen[bytes] | None = None
     try:
-        told = 0.0
+        told, tries = 0.0, 1
         while (first.poll() is None or (again or second).poll() is None) and time.monotonic() - began < _LONGEST:
             if at is None and second.poll() is None and killable(small, killed) is not None:
                 # Held still first, so that what is read is what is there when it is killed.
@@ -67,6 +69,11 @@ def launch_both(plan: Path, small: Plan, folder: Path, tell: Callable[[str], Non
                 if at is not None:
                     second.wait()
                     again = _start(plan, killed)
+            elif at is None and second.poll() == 0 and tries < _TRIES:
+                # It was through before it was looked at: steps take milliseconds, and a busy machine looks away for longer.
+                tries += 1
+                shutil.rmtree(killed)
+                second = _start(plan, killed)
             if time.monotonic() - told > 1:
                 told = time.monotonic()
                 tell(f"straight through: {_place(straight)}; {'killed and started again' if again else 'to be killed'}: {_place(killed)}")
