@@ -17,6 +17,11 @@ class BadRow:
     """What is wrong with it."""
 
 
+def shown(name: str) -> str:
+    """A name that a row gives, between quotes; of a long one its beginning, for it can be of any length."""
+    return repr(name) if len(name) <= 200 else f"{name[:200]!r}... ({len(name):,} characters)"
+
+
 class RowError(ValueError):
     """A row lacks something that its task needs; the message is the reason."""
 

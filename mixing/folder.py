@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from mixing.bad_rows import RowError, SourceError
+from mixing.bad_rows import RowError, SourceError, shown
 from mixing.file_rows import FileRows, file_rows
 from mixing.images import SUFFIXES
 from mixing.index import FRESH, State, is_fresh, state
-from mixing.records import records
+from mixing.records import MOST_TEXT, records
 from mixing.rows import Found, Good, Stored
 from mixing.tasks import TASKS, Asked, Cells, Columns, choose_columns, to_cells
 
@@ -229,19 +229,19 @@ def list_json_lines(
 def locate(name: str, base: str, roots: Sequence[str]) -> Path:
     """The file that a row names, relative to base; it must lie in one of the roots (real paths). Raises RowError."""
     if "\0" in name:
-        raise RowError(f"{name!r} holds a zero character")
+        raise RowError(f"{shown(name)} holds a zero character")
     try:
         name.encode("utf-8")
     except UnicodeError as error:
-        raise RowError(f"{name!r} is not a name in UTF-8; rename the file") from error
+        raise RowError(f"{shown(name)} is not a name in UTF-8; rename the file") from error
     path = os.path.normpath(os.path.join(base, name))
     if any(_is_plain(path, root) for root in roots):
         return Path(path)
     real = os.path.realpath(path)
     if not any(_inside(real, root) for root in roots):
-        raise RowError(f"{name!r} lies outside {base}; copy the file into that folder and name it from there")
+        raise RowError(f"{shown(name)} lies outside {base}; copy the file into that folder and name it from there")
     if not os.path.isfile(real):
-        raise RowError(f"{name!r} is not a file" if os.path.exists(real) else f"no file {name!r}")
+        raise RowError(f"{shown(name)} is not a file" if os.path.exists(real) else f"no file {shown(name)}")
     return Path(real if os.path.isabs(name) else path)
 
 
@@ -299,7 +299,7 @@ def _walk(root: str) -> tuple[list[str], tuple[str, ...]]:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         files.append(inner + entry.name)
                     elif entry.is_symlink():
                         linked.append(inner + entry.name)
@@ -310,7 +310,16 @@ def _walk(root: str) -> tuple[list[str], tuple[str, ...]]:
     return sorted(files), tuple(sorted(linked))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself: one row that is not there, and no reason to refuse the others
+        return False
+
+
 def _caption(file: Path) -> str:
+    if (size := file.stat().st_size) > MOST_TEXT:
+        raise RowError(f"its caption {file.name!r} has {size:,} bytes; at most {MOST_TEXT:,} are read")
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+from mixing.bombs import MAX_SCANS, named_bytes, num_scans
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 """What is read, told by content, whatever the file is called. Others of Pillow's run programs or accept any bytes."""
@@ -28,6 +32,10 @@ SUFFIXES = frozenset(
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a small file can claim to be huge. Pillow warns from here on."""
+
+_LARGEST = f"at most {MAX_PIXELS:,} pixels are read; scale it down"
+
+_AT_ONCE = 2**20  # pixels that are changed together, so that a large image does not take its memory several times over
 
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
@@ -59,11 +67,14 @@ def decode(data: bytes | Path, at_least: tuple[int, int] | None = None) -> Image
 
     EXIF orientation is applied; 12- and 16-bit grey is scaled to 8 bits and rounded; float grey is read as 0 black to
     1 white; what is transparent is laid on white; of an animation the first frame is taken. Colour profiles are not
-    applied. An orientation that a PNG carries behind its pixels is not seen. Raises UnreadableImage.
+    applied. An orientation that a PNG carries behind its pixels is not seen. Takes at most eight bytes of memory a pixel, beside what
+    the format's own decoder takes. Raises UnreadableImage.
     """
     with _content(data) as file:
         image, orientation = _opened(file)
         with image:
+            if "progressive" in image.info and (scans := num_scans(file)) > MAX_SCANS:
+                raise UnreadableImage(f"a JPEG of {scans:,} scans; at most {MAX_SCANS} are read; save it anew")
             try:
                 if at_least is not None and image.format == "JPEG":
                     _shrink(image, at_least[::-1] if orientation < 5 else at_least)
@@ -134,6 +145,13 @@ def from_tensor(tensor: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
+def may_be_image(start: bytes) -> bool:
+    """Whether a file that begins with these bytes, 16 or more, may be of a format that is read; if not, the rest of it tells no more."""
+    Image.init()
+    accepts = [Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN]
+    return any(accept is None or accept(start[:16]) is True for accept in accepts)
+
+
 def _content(data: bytes | Path) -> BinaryIO:
     """The content as an open file. Raises UnreadableImage."""
     if isinstance(data, bytes):
@@ -153,6 +171,7 @@ def _content(data: bytes | Path) -> BinaryIO:
 
 def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
     """The image with its header read, and the EXIF orientation that is left to apply. Raises UnreadableImage."""
+    _look_at_tags(file, "its")
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -162,28 +181,62 @@ def _opened(file: BinaryIO) -> tuple[Image.Image, int]:
             raise UnreadableImage("a HEIC file, which cannot be read; save it as JPEG or PNG") from error
         raise UnreadableImage(f"not an image, or its header is broken (read are {', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"{_said(error)}; at most {MAX_PIXELS:,} pixels are read; scale it down") from error
+        number = re.search(r"\(([0-9]+) pixels\)", str(error))  # Pillow 12.3 names its own limit beside it, which is another
+        raise UnreadableImage(f"{int(number[1]):,} pixels; {_LARGEST}" if number else _LARGEST) from error
     except _BROKEN as error:
+        if "MAX_TEXT" in str(error):  # PngImagePlugin, Pillow 12.3
+            raise UnreadableImage("text or a colour profile in it is larger than a megabyte once unpacked; save it without") from error
         raise UnreadableImage(f"broken header: {_said(error)}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise UnreadableImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} pixels are read; scale it down")
+        raise UnreadableImage(f"{width} x {height} pixels; {_LARGEST}")
     if image.format == "TIFF":
         return image, 1  # Pillow 12.3 gives the upright size here, and turns the pixels itself in load()
     try:
+        if (exif := _exif(image)) is not None:
+            _look_at_tags(io.BytesIO(exif), "its EXIF")
         # Not image.getexif(): PngImageFile's (Pillow 12.3) decodes all pixels where the header has no EXIF.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except UnreadableImage:
+        image.close()
+        raise
     except _BROKEN:
         orientation = 1  # EXIF that cannot be read says nothing about the pixels, and viewers show them as they are
     return image, orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
+def _exif(image: Image.Image) -> bytes | None:
+    """The EXIF of an image, from where Pillow takes it, without what stands before it, once or several times. Raises ValueError for text that is none."""
+    exif, profile = image.info.get("exif"), image.info.get("Raw profile type exif")
+    if exif is None and profile is not None:
+        exif = bytes.fromhex("".join(str(profile).split("\n")[3:]))
+    while isinstance(exif, bytes) and exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    return exif if isinstance(exif, bytes) else None
+
+
+def _look_at_tags(file: BinaryIO, called: str) -> None:
+    """Raise UnreadableImage if tags name far more bytes than there are."""
+    if named := named_bytes(file):
+        raise UnreadableImage(f"{called} tags name {named:,} bytes, and it has {file.seek(0, 2):,}; save it anew")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """The image in bands from top to bottom, each with where it lies."""
+    rows = max(_AT_ONCE // image.width, 1)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image.crop(box)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """A loaded image's pixels in mode RGB, before orientation. Raises what Pillow raises."""
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        colours = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        colours = Image.new("RGB", image.size)
+        for box, band in _bands(image):
+            white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+            colours.paste(Image.alpha_composite(white, band.convert("RGBA")).convert("RGB"), box)
     else:
         colours = image.convert("RGB")
     colours.info.clear()  # with EXIF in it, a copy saved later could be turned a second time
@@ -197,31 +250,36 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as RGB of 8. Raises UnreadableImage where the file does not say which value is white."""
-    values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if image.mode == "F":
-        low, high = float(values.min()), float(values.max())
+        lows, highs = zip(*((values.min(), values.max()) for _, band in _bands(image) for values in [np.asarray(band)]), strict=True)
+        low, high = float(np.min(lows)), float(np.max(highs))
         if not (low >= -0.01 and high <= 1.01):  # not-a-number fails this too
             raise UnreadableImage(
                 f"float pixels from {low:g} to {high:g}; allowed is 0 (black) to 1 (white); save as 8 or 16 bits"
             )
-        grey = np.clip(values.astype(np.float64), 0.0, 1.0)
+        white = 1.0
     elif image.mode.startswith("I;16"):
-        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
-        grey = values.astype(np.float64) / (2 ** int(bits[0]) - 1)
+        white = 2.0 ** int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]) - 1.0
     elif image.mode == "I" and image.format == "PPM":
-        grey = values.astype(np.float64) / 65535.0  # Pillow has scaled the file's own maximum to this
+        white = 65535.0  # Pillow has scaled the file's own maximum to this
     else:
         raise UnreadableImage(
             f"{image.format} with pixels of mode {image.mode}: nothing says which value is white; save as 8 or 16 bits"
         )
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits, but not these
-        grey = 1.0 - grey
+    is_inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # 0 is white; Pillow inverts 8 bits, but not these
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # a PNG's one transparent grey
-        grey = np.where(values == transparent, 1.0, grey)
-    pixels: NDArray[np.uint8] = np.rint(grey * 255.0).astype(np.uint8)
-    return Image.fromarray(pixels).convert("RGB")
+    colours = Image.new("RGB", image.size)
+    for box, band in _bands(image):
+        values = np.asarray(band)
+        grey = np.clip(values.astype(np.float64) / white, 0.0, 1.0)
+        if is_inverted:
+            grey = 1.0 - grey
+        if isinstance(transparent, int):  # a PNG's one transparent grey
+            grey = np.where(values == transparent, 1.0, grey)
+        pixels: NDArray[np.uint8] = np.rint(grey * 255.0).astype(np.uint8)
+        colours.paste(Image.fromarray(pixels).convert("RGB"), box)
+    return colours
 
 
 def _said(error: BaseException) -> str:

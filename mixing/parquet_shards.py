@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
+from mixing.arrow_rows import rows_of
 from mixing.bad_rows import RowError, SourceError
 from mixing.columns import Asked, Columns, choose_columns
 from mixing.folder import locate
@@ -94,8 +95,9 @@ def parquet_shards(files: Sequence[str], folder: str | None, lanes: int) -> Parq
 
 
 def _values(batch: pa.RecordBatch, place: int) -> Values:
-    (values,) = batch.slice(place, 1).to_pylist()
-    row: dict[str, object] = values
+    (row,) = rows_of(batch.slice(place, 1))
+    if isinstance(row, str):
+        raise RowError(row)
     return row
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
+from typing import BinaryIO, TextIO
 
-from mixing.bad_rows import SourceError
+from mixing.bad_rows import SourceError, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 """What the name of a file of records ends in."""
 
 Record = dict[str, object]
 """Column to value."""
+
+LONGEST = 2**24
+"""Bytes of the longest line that is read: a damaged file can be one line of any length."""
+
+MOST_TEXT = 2**20
+"""Bytes of the largest file, or member of a tar, that is read as one row's text or fields."""
 
 _HALF = range(0xDC80, 0xDD00)  # what `surrogateescape` puts in the place of a byte that is not UTF-8
 
@@ -25,6 +33,7 @@ def records(file: str, typed: Collection[str] = ()) -> Iterator[tuple[int, Recor
     the line. A .json is a list of objects: the number is that of the object. Blank lines are passed over.
     typed: columns of a .csv whose cells are numbers if all of them are. Raises SourceError if the file as a whole cannot be read.
     """
+    check_file(file)
     try:
         if file.endswith(".csv"):
             yield from _rows(file, _numeric(file, typed) if typed else ())
@@ -36,29 +45,77 @@ def records(file: str, typed: Collection[str] = ()) -> Iterator[tuple[int, Recor
         raise SourceError(f"{file} cannot be read: {error.strerror}") from error
 
 
+def check_file(file: str) -> None:
+    """Raise SourceError for a pipe, a socket or a device: to open one waits, and to read one may never end."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise SourceError(f"{file} is not a file but a pipe, a socket or a device; write what it gives into a file")
+
+
+def object_in(text: str, called: str) -> Record | str:
+    """The JSON object that a text is, or what is wrong with it. called: what messages call the text."""
+    try:
+        value = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as error:
+        return f"{called} is not JSON: {error}"
+    return _looked_at(value, called)
+
+
+class _Twice(dict[str, object]):
+    """An object that gives a key twice, of which json.loads keeps the last in silence."""
+
+    key = ""
+    """That key."""
+
+
+def _pairs(pairs: list[tuple[str, object]]) -> Record:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    twice = _Twice(found)
+    ((twice.key, _),) = Counter(name for name, _ in pairs).most_common(1)
+    return twice
+
+
+def _looked_at(value: object, called: str) -> Record | str:
+    if isinstance(value, _Twice):
+        return f"{called} gives {shown(value.key)} twice; keep one"
+    return value if isinstance(value, dict) else f"{called} is JSON, but not an object {{...}}"
+
+
 def _lines(file: str) -> Iterator[tuple[int, Record | str]]:
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_each_line(lines), 1):
+            if line is None:
+                yield number, f"the line is longer than {LONGEST:,} bytes"
+                continue
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
                 yield number, _object(text)
 
 
+def _each_line(lines: BinaryIO) -> Iterator[bytes | None]:
+    """Every line; None for one that is too long, of which no more than that is held."""
+    while line := lines.readline(LONGEST + 1):
+        if len(line) <= LONGEST:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = lines.readline(LONGEST)
+        yield None
+
+
 def _object(line: bytes) -> Record | str:
     try:
-        value = json.loads(line.decode("utf-8"))
+        return object_in(line.decode("utf-8"), "the line")
     except UnicodeDecodeError as error:
         return f"the line is not UTF-8 ({error.reason} at byte {error.start + 1})"
-    except (ValueError, RecursionError) as error:
-        return f"the line is not JSON: {error}"
-    return value if isinstance(value, dict) else "the line is JSON, but not an object {...}"
 
 
 def _objects(file: str) -> Iterator[tuple[int, Record | str]]:
     name = os.path.basename(file)
     try:
         with open(file, encoding="utf-8-sig") as text:
-            value = json.load(text)
+            value = json.load(text, object_pairs_hook=_pairs)
     except UnicodeDecodeError as error:
         raise SourceError(f"{name} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -66,7 +123,7 @@ def _objects(file: str) -> Iterator[tuple[int, Record | str]]:
     if not isinstance(value, list):
         raise SourceError(f"{name} is JSON, but not a list of objects [{{...}}, {{...}}]; write one, or a .jsonl")
     for number, each in enumerate(value, 1):
-        yield number, each if isinstance(each, dict) else "it is JSON, but not an object {...}"
+        yield number, _looked_at(each, "it")
 
 
 def _rows(file: str, numbers: Collection[str]) -> Iterator[tuple[int, Record | str]]:
@@ -79,7 +136,7 @@ def _rows(file: str, numbers: Collection[str]) -> Iterator[tuple[int, Record | s
         elif len(cells) != len(header):
             count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
             yield number, f"{count}, and the header line names {len(header)}; a cell with a comma stands between double quotes"
-        elif any(ord(character) in _HALF for cell in cells for character in cell if character > "\ud7ff"):
+        elif any(map(_is_not_text, cells)):
             yield number, "the line is not UTF-8; save the file as UTF-8"
         else:
             pairs = zip(header, cells, strict=True)
@@ -89,15 +146,17 @@ def _rows(file: str, numbers: Collection[str]) -> Iterator[tuple[int, Record | s
 def _cells(file: str) -> Iterator[tuple[int, list[str] | str]]:
     """The cells of every line that is not blank, by the line's number, or what is wrong with it."""
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, strict=True)
+        lines = _Lines(text)
+        reader = csv.reader(lines, strict=True)
         while True:
-            number = reader.line_num + 1
+            number = lines.number + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 break
             except csv.Error as error:
-                if str(error) == "unexpected end of data":  # Python 3.11, _csv.c: the file ends inside quotes
+                # Python 3.11, _csv.c: the file ends inside quotes; or a cell of many lines is too long, and what it has swallowed would be lost in silence.
+                if str(error) == "unexpected end of data" or ("field limit" in str(error) and lines.number > number):
                     name = os.path.basename(file)
                     raise SourceError(f"{name}:{number}: a double quote is opened and never closed; close it, or double it") from error
                 yield number, f"the line is not CSV: {error}"
@@ -106,15 +165,45 @@ def _cells(file: str) -> Iterator[tuple[int, list[str] | str]]:
                 yield number, cells
 
 
+class _Lines:
+    """The lines of a file, counted; a csv.Error in the place of one that is too long."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self.number = 0
+        """Of the last line that was given."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(LONGEST + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) > LONGEST:
+            while line and not line.endswith("\n"):
+                line = self._text.readline(LONGEST)
+            raise csv.Error(f"it is longer than {LONGEST:,} characters")
+        return line
+
+
 def _header(name: str, cells: list[str] | str) -> list[str]:
     if isinstance(cells, str):
         raise SourceError(f"the header line of {name} cannot be read: {cells}")
+    if any(map(_is_not_text, cells)):
+        raise SourceError(f"the header line of {name} is not UTF-8; save the file as UTF-8")
     header = [cell.strip() for cell in cells]
     if twice := next((cell for cell in header if header.count(cell) > 1), None):
         raise SourceError(f"the header line of {name} names '{twice}' twice; give each column a name of its own")
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise SourceError(f"the header line of {name} is one column, {header[0]!r}; separate columns by commas, not by {other!r}")
     return header
+
+
+def _is_not_text(cell: str) -> bool:
+    """Whether some of a cell is not UTF-8."""
+    return any(ord(character) in _HALF for character in cell if character > "\ud7ff")
 
 
 def _numeric(file: str, names: Collection[str]) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from http.client import HTTPException
 from typing import TypeVar
 
-import httpx
+import httpx2
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from mixing.bad_rows import SourceError
@@ -17,8 +17,8 @@ from mixing.shards import Row, Shards, Values
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *[60.0] * 9)
 """Seconds waited before each further try: about ten minutes in all."""
 
-# A network's fault, as long as it is not final. The errors of requests, huggingface_hub 2.4 and fsspec are OSErrors; httpx's are not.
-_PASSING = (OSError, httpx.TransportError, httpx.HTTPStatusError, HTTPException)
+# A network's fault, as long as it is not final. The errors of requests, huggingface_hub 2.4 and fsspec are OSErrors; httpx2's, which it lets through, are not.
+_PASSING = (OSError, httpx2.TransportError, httpx2.HTTPStatusError, HTTPException)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, OfflineModeIsEnabled, LocalTokenNotFoundError)
 _LATER = (408, 425, 429)  # of the statuses 4xx, those that ask to come again
 

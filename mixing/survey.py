@@ -21,6 +21,7 @@ from mixing.rows import MOST_BAD, Good, Listing, Rows, Stored
 from mixing.tasks import Cells
 
 _ROWS = "rows-"  # in the index, before the names of what the rows themselves keep
+_GIVEN_UP = 100_000  # bad rows from which on a source is refused, if they are most of what was seen: a wrong column in millions of rows is told at once
 _AT_ONCE = 65_536  # values held as Python objects before they go into Arrow
 
 
@@ -52,7 +53,7 @@ def survey(
     source: its name in the plan. extra: names of the further columns whose values rows hold in `Cells.extra`. place: the source's entry in the
     data index: what has not changed since it was written is not looked at again, and what comes back is mapped into memory; None: it is
     all held in memory. Raises SourceError if there are no good rows; at the first bad row with `stop`; with `skip` if more than 1 % of the
-    rows are bad; if a further column holds values of several kinds.
+    rows are bad, or most of a great many first ones; if a further column holds values of several kinds.
     """
     if place is None:
         facts, rows, stored = _look_at_all(source, listing, on_bad_row, extra, False, None)
@@ -91,6 +92,8 @@ def _look_at_all(
                     bad.append(BadRow(source, row.place, reason))
                     if on_bad_row == "stop":
                         raise SourceError(f"bad row {_named(bad[0])}; repair or remove it, or say on_bad_row: skip to go on without")
+                    if len(bad) >= _GIVEN_UP and len(bad) > len(num_references):
+                        raise SourceError(f"{len(bad)} of the first {position + 1} rows are bad; {_what_to_do(bad)}")
                     continue
                 case Seen(cells, look):
                     kept = Good(position, row.key, partial(_itself, cells))
@@ -114,10 +117,7 @@ def _look_at_all(
     if total == 0:
         raise SourceError("it holds no rows")
     if not num_references or len(bad) > MOST_BAD * total:
-        named = "; ".join(_named(row) for row in bad[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        allowed = "a source needs a good one" if not num_references else f"at most {MOST_BAD:.0%} are skipped"
-        raise SourceError(f"{len(bad)} of {total} rows are bad; {allowed}; repair or remove them: {named}{more}")
+        raise SourceError(f"{len(bad)} of {total} rows are bad; {_what_to_do(bad) if num_references else _what_to_do(bad, 'a source needs a good one')}")
     facts = {"fingerprint": hashlib.sha256(contents).hexdigest(), "bad": [[row.key, row.reason] for row in bad]}
     stored: dict[str, Stored] = {
         "num_references": np.array(num_references, dtype=np.uint8),
@@ -188,6 +188,12 @@ def _words(content: bytearray) -> NDArray[np.uint64]:
 
 def _itself(cells: Cells) -> Cells:
     return cells
+
+
+def _what_to_do(bad: Sequence[BadRow], allowed: str = f"at most {MOST_BAD:.0%} are skipped") -> str:
+    named = "; ".join(_named(row) for row in bad[:5])
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"{allowed}; repair or remove them: {named}{more}"
 
 
 def _named(row: BadRow) -> str:

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from mixing.arrow_rows import check_layout, rows_of
 from mixing.bad_rows import RowError, SourceError
 from mixing.folder import locate
 from mixing.index import State, is_fresh, state
@@ -113,8 +114,11 @@ class TableRows:
             block = self.table[start : start + at_once]
             num_bytes = _num_bytes(block.column(self.columns.target)) if self.has_sizes else None
             left_out = [] if num_bytes is None else [self.columns.target]
-            for position, row in enumerate(block.drop_columns(left_out).to_pylist(), start):
+            for position, row in enumerate(rows_of(block.drop_columns(left_out)), start):
                 key, base = self._place(position)
+                if isinstance(row, str):
+                    yield Found(key, key, partial(_refuse, row), _unknown)
+                    continue
                 stamp = partial(self._stamp, row, position, bool(left_out))
                 if num_bytes is None:
                     yield Found(key, key, partial(self._cells, row, base), stamp)
@@ -213,6 +217,7 @@ def list_arrow(
         try:
             states = (state(file),)
             table = _arrow(file)
+            check_layout(table.data.table)
         except _REFUSED as error:
             raise SourceError(f"{file} is not a readable .arrow file: {_said(error)}") from error
         if len(table):
@@ -244,6 +249,7 @@ def list_saved(
         raise SourceError(f"split: the dataset saved here has none ('{split}' found); leave it out")
     try:
         table = datasets.load_from_disk(place)
+        check_layout(table.data.table)
     except (*_REFUSED, KeyError, TypeError) as error:
         raise SourceError(f"the dataset saved in {place} cannot be loaded: {_said(error)}") from error
     base = os.path.realpath(place)
@@ -308,6 +314,14 @@ def _names_files(column: pa.ChunkedArray) -> bool:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return bool(pc.struct_field(column, "bytes").null_count)
     return not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind))
+
+
+def _refuse(reason: str) -> Cells:
+    raise RowError(reason)
+
+
+def _unknown() -> None:
+    """The stamp of a row that is looked at each time."""
 
 
 def _states(table: datasets.Dataset) -> tuple[State, ...]:

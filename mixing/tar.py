@@ -16,17 +16,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mixing.bad_rows import RowError, SourceError
-from mixing.images import UnreadableImage, header_size
+from mixing.images import UnreadableImage, header_size, may_be_image
 from mixing.index import State, is_fresh, state
 from mixing.patterns import fixed_folder, pattern_files
+from mixing.records import MOST_TEXT
 from mixing.rows import Found, Good, Stored
-from mixing.tar_members import Torn, check_tar, choose_members, compression, fields_of, members, raw_row, split_name
+from mixing.tar_members import FIRST, Torn, check_tar, choose_members, compression, fields_of, image_members, members, raw_row, split_name
 from mixing.tasks import Asked, Cells, Columns, to_cells
 
 __all__ = ["TarListing", "TarRows", "compression", "list_tar"]
 
 _MOST_OPEN = 64  # files that a process holds open for one source
-_FIRST = 2**15  # bytes of a JPEG or PNG in which its header nearly always stands
 _ROWS_WITH_FIELDS = 100  # rows whose .json is looked at for the names of its fields
 _STARTS_WITH_SIZE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # formats whose size and orientation stand before the pixels
 
@@ -154,7 +154,7 @@ class TarRows:
 
     def _cells(self, position: int) -> Cells:
         here, shard = self._members(position), self._shard(position)
-        row = raw_row(here, lambda name: self.shards.read(shard, *here[name]), self.columns)
+        row = raw_row(_sizes(here), lambda name: self.shards.read(shard, *here[name]), self.columns)
         return to_cells(row, self.task, self.columns, self.prompt, _no_file)
 
     def seen(self, position: int) -> Cells:
@@ -162,19 +162,20 @@ class TarRows:
         if self.columns.references or self.columns.entity_masks:
             return self._cells(position)
         here, shard = self._members(position), self._shard(position)
+        images = image_members(self.columns)
         firsts: list[tuple[int, bytes]] = []
 
         def read(name: str) -> bytes:
             offset, num_bytes = here[name]
-            content = self.shards.read(shard, offset, min(num_bytes, _FIRST))
-            if num_bytes <= _FIRST:
-                return content
+            content = self.shards.read(shard, offset, min(num_bytes, FIRST))
+            if num_bytes <= FIRST or (name in images and not may_be_image(content)):
+                return content  # of what is no image, enough to say so
             if not content.startswith(_STARTS_WITH_SIZE):
-                return content + self.shards.read(shard, offset + _FIRST, num_bytes - _FIRST)
+                return content + self.shards.read(shard, offset + FIRST, num_bytes - FIRST)
             firsts.append((num_bytes, content))
             return b""
 
-        cells = to_cells(raw_row(here, read, self.columns), self.task, self.columns, self.prompt, _no_file)
+        cells = to_cells(raw_row(_sizes(here), read, self.columns), self.task, self.columns, self.prompt, _no_file)
         if not firsts:
             return cells
         ((num_bytes, content),) = firsts
@@ -320,7 +321,7 @@ class _Index:
                     for member in members(file):
                         code = _CODES.get(member.kind)
                         note(member.name, member.offset, member.num_bytes if code is None else -code)
-                        if code is None and self._with_fields < _ROWS_WITH_FIELDS and member.name.endswith(".json"):
+                        if code is None and self._with_fields < _ROWS_WITH_FIELDS and member.name.endswith(".json") and member.num_bytes <= MOST_TEXT:
                             self._note_fields(os.pread(file.fileno(), member.num_bytes, member.offset), member.name)
                 except Torn as error:
                     if not rows:
@@ -351,6 +352,10 @@ class _Index:
             self.fields.update(dict.fromkeys(fields_of(content)))
         except RowError:
             return  # the row is bad, and named so when it is looked at
+
+
+def _sizes(members: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    return {extension: num_bytes for extension, (_, num_bytes) in members.items()}
 
 
 def _no_file(name: str) -> NoReturn:

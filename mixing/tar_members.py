@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from mixing.bad_rows import RowError, SourceError
 from mixing.columns import USUAL_NAMES, Asked, Columns, Role, choose_columns, listed
+from mixing.records import MOST_TEXT, object_in
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """Extensions of which a row's target has one, where a plan does not name another."""
@@ -24,6 +25,9 @@ _COMPRESSED = {
     b"\xfd7zXZ\x00": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
+FIRST = 2**15
+"""Bytes of a member that are read first. The header of a JPEG or PNG nearly always stands in them."""
+
 _BLOCK = 512
 _MOST_NAMED = 2**20  # bytes of an extended header, which holds names
 _ZEROS = bytes(_BLOCK)
@@ -172,24 +176,36 @@ def usual_members(extensions: Iterable[str], fields: Iterable[str], asked: Asked
     return found, said
 
 
-def raw_row(extensions: Collection[str], read: Callable[[str], bytes], columns: Columns) -> dict[str, object]:
+def image_members(columns: Columns) -> frozenset[str]:
+    """The extensions of the members that are images."""
+    target = IMAGES if columns.target == TARGET else (columns.target,)
+    return frozenset((*target, *columns.references, *columns.entity_masks))
+
+
+def raw_row(num_bytes: Mapping[str, int], read: Callable[[str], bytes], columns: Columns) -> dict[str, object]:
     """A row's columns with their values, as `mixing.tasks.to_cells` takes it; only those that are used are read.
 
-    extensions: of the row's members. read: gives the content of one. Raises RowError.
+    num_bytes: of the row's members, by extension. read: gives the content of one. Raises RowError.
     """
-    images = {columns.target, *columns.references, *columns.entity_masks}
+    extensions, images = num_bytes.keys(), {columns.target, *columns.references, *columns.entity_masks}
+
+    def text(name: str) -> bytes:
+        if num_bytes[name] > MOST_TEXT:
+            raise RowError(f"its '{name}' has {num_bytes[name]:,} bytes; at most {MOST_TEXT:,} are read")
+        return read(name)
+
     row: dict[str, object] = {}
     fields: dict[str, object] | None = None
     for name in columns.used():
         if name in extensions:
-            row[name] = read(name) if name in images else _value(name, read(name))
+            row[name] = read(name) if name in images else _value(name, text(name))
         elif name == TARGET and name == columns.target:
             present = [extension for extension in IMAGES if extension in extensions]
             if len(present) > 1:
                 raise RowError(f"it has members {listed(present)}; say which is the target: columns: {{target: {present[0]}}}")
             row[name] = read(present[0]) if present else None
         elif "json" in extensions:
-            fields = fields if fields is not None else fields_of(read("json"))
+            fields = fields if fields is not None else fields_of(text("json"))
             row[name] = fields.get(name)
             if name in images and isinstance(row[name], str | list):
                 raise RowError(f"'{name}' names a file; the images of a row in a tar are members of its own")
@@ -199,14 +215,12 @@ def raw_row(extensions: Collection[str], read: Callable[[str], bytes], columns: 
 def fields_of(content: bytes) -> dict[str, object]:
     """The fields of a .json member. Raises RowError."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        found = object_in(content.decode("utf-8-sig"), "its 'json'")
     except UnicodeDecodeError as error:
         raise RowError(f"its 'json' is not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"its 'json' is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RowError("its 'json' is JSON, but not an object {...}")
-    return value
+    if isinstance(found, str):
+        raise RowError(found)
+    return found
 
 
 def _value(name: str, content: bytes) -> object:

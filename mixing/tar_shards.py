@@ -12,9 +12,11 @@ from typing import BinaryIO
 
 from mixing.bad_rows import RowError, SourceError
 from mixing.columns import Asked, Columns
+from mixing.images import may_be_image
 from mixing.patterns import fixed_folder, pattern_files
+from mixing.records import MOST_TEXT
 from mixing.shards import Row, Values, fingerprint_of, is_remote, open_file, refuse, short_names
-from mixing.tar_members import Member, Torn, check_tar, choose_members, fields_of, members, raw_row, split_name
+from mixing.tar_members import FIRST, Member, Torn, check_tar, choose_members, fields_of, image_members, members, raw_row, split_name
 
 _PADDED = 512  # what a member's content is filled up to a multiple of
 
@@ -112,14 +114,20 @@ def _with(row: dict[str, Member] | str, extension: str, member: Member) -> dict[
 
 
 def _values(file: BinaryIO, row: Mapping[str, Member], columns: Columns | None) -> Values:
+    images = () if columns is None else image_members(columns)
+
     def read(extension: str) -> bytes:
         member = row[extension]
         file.seek(member.offset)
-        content = file.read(member.num_bytes)
+        content = file.read(min(member.num_bytes, FIRST))
+        if member.num_bytes > FIRST:
+            if extension in images and not may_be_image(content):
+                return content  # enough to say that it is none
+            content += file.read(member.num_bytes - FIRST)
         if len(content) < member.num_bytes:
             raise RowError(f"the shard ends inside its member '{extension}'; copy the shard again")
         return content
 
     if columns is None:
-        return {extension: fields_of(read(extension)) if extension == "json" else None for extension in row}
-    return raw_row(row, read, columns)
+        return {extension: fields_of(read(extension)) if extension == "json" and member.num_bytes <= MOST_TEXT else None for extension, member in row.items()}
+    return raw_row({extension: member.num_bytes for extension, member in row.items()}, read, columns)

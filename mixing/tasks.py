@@ -188,6 +188,8 @@ def _look_at_text(text: str, called: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(f"{called} is not valid Unicode: it holds half of a surrogate pair") from error
+    if "\0" in text:  # so UTF-16 looks when it is read as UTF-8, which no decoder refuses
+        raise RowError(f"{called} holds a zero character; if it is UTF-16, save it as UTF-8")
 
 
 def _look_at_placeholders(prompt: str, num_references: int) -> None:
@@ -201,7 +203,7 @@ def _look_at_placeholders(prompt: str, num_references: int) -> None:
     unknown, unnamed = (sorted(some, key=lambda number: (len(number), number)) for some in (named - needed, needed - named))
     there = f"the row has {num_references or 'no'} reference{'s' if num_references != 1 else ''}"
     if unknown:
-        raise RowError(f"the prompt names image {', '.join(unknown[:5])}, and {there}; each is named by its number, from 1")
+        raise RowError(f"the prompt names image {', '.join(number[:20] for number in unknown[:5])}, and {there}; each is named by its number, from 1")
     raise RowError(f"the prompt names images, but not image {', '.join(unnamed[:5])}, and {there}; name all of them, or none")
 
 

@@ -20,7 +20,7 @@ from random import Random
 from typing import BinaryIO
 
 import datasets
-import httpx
+import httpx2
 import pyarrow as pa
 import pytest
 from fsspec.spec import AbstractBufferedFile
@@ -503,10 +503,10 @@ def flaky(tmp_path: Path, error: Exception, failures: int, hangs: float = 0.0) -
 
 
 def http_error(status: int) -> Exception:
-    return HfHubHTTPError("refused", response=httpx.Response(status, request=httpx.Request("GET", "https://x")))
+    return HfHubHTTPError("refused", response=httpx2.Response(status, request=httpx2.Request("GET", "https://x")))
 
 
-PASSING = [ConnectionError("gone"), TimeoutError("slow"), httpx.ReadTimeout("slow"), http_error(503), http_error(429), OSError(5, "io")]
+PASSING = [ConnectionError("gone"), TimeoutError("slow"), httpx2.ReadTimeout("slow"), http_error(503), http_error(429), OSError(5, "io")]
 FINAL = [FileNotFoundError(2, "none", "far"), PermissionError(13, "no"), http_error(404), http_error(401), http_error(403)]
 
 
