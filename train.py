@@ -7,6 +7,7 @@ Typed again, the same command goes on where it stopped: finished stages are skip
     python train.py PLAN --check        is the plan sound? under a second, without torch
     python train.py PLAN --explain      what will happen: steps, images, buckets, epochs, rates, memory
     python train.py PLAN --rehearse     the whole plan in miniature, killed and started again in the middle, in minutes on a CPU
+    python train.py PLAN --advise       what the next stage could draw, by what the run has measured; changes nothing
     python train.py PLAN --verify-cache encode a hundredth of what the cache keeps anew, and compare
     options: --set PATH=VALUE (again and again)  --out FOLDER  --until STAGE  --trace
 
@@ -36,6 +37,8 @@ FIRST_SPEAKS = 3.0  # seconds that the first process and the launcher have, befo
 
 if TYPE_CHECKING:  # a plan is read and checked without torch; `run` imports what trains
     from stages.checkpoint import Checkpoint
+    from stages.explain import Explanation
+    from stages.outcome import Outcome
     from stages.run import Run
 
 
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="say whether the plan is sound, and stop")
     parser.add_argument("--explain", action="store_true", help="say what will happen, and stop")
     parser.add_argument("--rehearse", action="store_true", help="carry out the whole plan in miniature, say what was proved, and stop")
+    parser.add_argument("--advise", action="store_true", help="suggest the next stage's shares from what the run has measured, and stop")
     parser.add_argument("--verify-cache", action="store_true", help="encode a hundredth of what is kept anew, compare, and stop")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="change a field of the plan, such as stages.refine.steps=50")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (runs/NAME; of a rehearsal runs/NAME-rehearsal)")
@@ -70,9 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from stages.quiet import quiet_libraries
 
             quiet_libraries()
-            from stages.explain import explain_run
+            from stages.explain import explain_run, show
 
-            explain_run(read.plan, Console())
+            show(explain_run(read.plan), Console())
+            return 0
+        if given.advise:
+            from stages.advise import advise, show_advice
+
+            show_advice(advise(given.out or Path("runs") / read.plan.name), Console())
             return 0
         if given.verify_cache:
             from stages.quiet import quiet_libraries
@@ -120,35 +129,49 @@ def rehearsed(path: Path, settings: Sequence[str], out: Path | None) -> int:
         return 130
 
 
-def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = None, until: str | None = None, trace: bool = False) -> Path:
-    """Carry out a plan from Python, as the command line does, and return the run's folder.
+def explain(plan: str | Path, *, settings: Sequence[str] = ()) -> Explanation:
+    """What a plan will do, as `--explain` says it; a notebook shows it as tables. Raises PlanError if the plan or the data is wrong."""
+    from stages.quiet import quiet_libraries
 
-    plan: the YAML file. settings: as `--set`. Raises PlanError if the plan or the data is wrong.
+    quiet_libraries()
+    from stages.explain import Explanation, explain_run
+
+    return Explanation(tuple(explain_run(checked(plan, settings).plan)))
+
+
+def run(plan: str | Path, *, settings: Sequence[str] = (), out: Path | None = None, until: str | None = None, trace: bool = False) -> Outcome:
+    """Carry out a plan from Python, as the command line does. What comes back says where, and a notebook shows it as the table of what got better.
+
+    plan: the YAML file. settings: as `--set`. Interrupted, by Ctrl-C or the notebook's stop button, it saves after the step under way and comes back; called again, it goes on.
+    Raises PlanError if the plan or the data is wrong.
     """
     read = checked(plan, settings)
-    launch(read.plan, out=out, until=until, trace=trace)
-    return out or Path("runs") / read.plan.name
+    exit_code = launch(read.plan, out=out, until=until, trace=trace)
+    from stages.outcome import Outcome
+
+    return Outcome(out or Path("runs") / read.plan.name, exit_code)
 
 
 def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> int:
     """Go through the stages, skipping what is finished, and publish. Returns the exit code. Raises PlanError if the plan or the data is wrong."""
-    from stages.quiet import quiet_libraries
+    from stages.quiet import listen_to_libraries
 
-    quiet_libraries()
+    heard = listen_to_libraries()
     from stages.dry_step import dry_steps
-    from stages.finish import finish
+    from stages.finish import finish, leave, publish_so_far
     from stages.memory import lasting
     from stages.open_run import open_run
 
-    with open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace) as run, lasting():
+    with closing(heard), open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace, heard=heard) as run, lasting():
         dry_steps(run)
         for index, stage in enumerate(run.plan.stages):
             last = run.finished(index) or train_stage(run, index, stage)
             if last is None:
-                return run.stop.exit_code
+                return leave(run)
             run.baton_from(last)
+            publish_so_far(run, index)  # where the plan sends it to the Hub after each stage
             if run.stop.agreed(run.accelerator):
-                return run.stop.exit_code
+                return leave(run)
             if stage.name == until and index + 1 < len(run.plan.stages):
                 break
         else:
@@ -159,6 +182,7 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
 def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     from stages.finish_leg import finish_leg
+    from stages.log_leg import log_leg
     from stages.objectives.parts import errors_and_losses
     from stages.open_leg import open_leg
     from stages.precision import Multiplied
@@ -206,7 +230,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
 
                 # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
                 if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
-                    leg.log_step(learning_rate, norm)
+                    log_leg(leg, learning_rate, norm)
                 if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
                     leg.follow(leg.evaluate("during"))
                 # A signal is agreed on by all processes; then the step just made is saved and they leave.

@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from mixing.where import WhereError, parse
 from stages.check_adapters import adapter_problems
 from stages.check_computing import computing_problems
+from stages.check_hub import hub_problems
+from stages.check_metrics import metric_notes, metric_problems
 from stages.check_model import model_notes, model_problems
 from stages.check_objectives import objective_problems
 from stages.check_optimizers import optimizer_problems
 from stages.check_sources import source_notes, source_problems
+from stages.check_tracking import tracking_problems
 from stages.placed import target_of
 from stages.plan import Batch, Change, LearningRate, MicroTokens, MixAdaptive, MixRamp, Stage
-from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
+from stages.problems import MOST_TOLD, Location, PlanError, Problem, listed, nearest, quoted, written
 from stages.reader import ReadPlan
 from stages.resolved import quantised, still_mixes
 from stages.unheeded import unheeded
@@ -31,16 +34,17 @@ def check_plan(read: ReadPlan, root: Path) -> list[Problem]:
     root: the folder that relative paths start from. Looks at names, headers and first rows of what lies there, never at the network.
     """
     problems: list[Problem] = []
-    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems, optimizer_problems, computing_problems):
-        problems += check(read)
+    for check in (_unheeded, _takes, _mixes, _stage_names, _batches, _rates, _trained, _handoffs, adapter_problems, _patterns, _accuracy, objective_problems, optimizer_problems, computing_problems, hub_problems, tracking_problems):
+        problems += islice(check(read), MOST_TOLD)
     problems += source_problems(read, root)
-    problems += model_problems(read, root)
+    problems += islice(model_problems(read, root), MOST_TOLD)
+    problems += metric_problems(read, root)
     return list(PlanError(problems).problems)
 
 
 def plan_notes(read: ReadPlan, root: Path) -> list[Problem]:
     """What is worth knowing and stops nothing: sources that no stage draws from, and what was not checked."""
-    notes = [*_never_drawn(read), *source_notes(read), *model_notes(read, root)]
+    notes = [*_never_drawn(read), *source_notes(read), *model_notes(read, root), *metric_notes(read, root)]
     return list(PlanError(notes).problems)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -13,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixing.bad_rows import RowError, SourceError
-from mixing.records import records
+from mixing.records import MOST_TEXT, object_in, records
 from mixing.tar_members import Torn, check_tar, fields_of, members, split_name, usual_members
 from mixing.where import BUILT_IN, WhereError, parse
+from stages.check_patterns import Wrong, pattern_files
 from stages.columns import column_problem
-from stages.paths import missing, place_of, read_json
+from stages.paths import read_json
 from stages.plan import Source
 from stages.problems import listed, nearest, quoted
 
@@ -29,15 +27,6 @@ _MOST_ROWS = 10_000  # of a .csv, that are looked at
 _MOST_TABLES = 64  # files whose rows are counted
 _MOST_MEMBERS = 200  # of a .tar, that are looked at
 _MOST_COUNTED = 64 * 2**20  # bytes of a .jsonl whose lines are counted
-_MOST_FILES = 1_000_000  # that braces may name
-
-
-class Wrong(Exception):
-    """What is wrong with a source; the field, and the message."""
-
-    def __init__(self, message: str, field: str = "path") -> None:
-        super().__init__(message)
-        self.field = field
 
 
 def look_at_records(source: Source, files: Sequence[str]) -> int | None:
@@ -91,10 +80,9 @@ def first_lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 def object_of(line: bytes) -> dict[str, object] | str:
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return f"the line is not JSON: {error}"
-    return value if isinstance(value, dict) else "the line is JSON, but not an object {...}"
+        return object_in(line.decode("utf-8"), "the line")
+    except UnicodeDecodeError as error:
+        return f"the line is not UTF-8 ({error.reason} at byte {error.start + 1})"
 
 
 def _count_lines(file: str) -> int:
@@ -105,7 +93,8 @@ def _count_lines(file: str) -> int:
 
 def look_at_parquet(source: Source, root: Path) -> int | None:
     """One or more .parquet files, of which the first's schema is looked at."""
-    files = pattern_files(source.path, root)
+    if not (files := pattern_files(source.path, root)):
+        return None
     from pyarrow import parquet  # takes 0.2 s, and few plans need it
 
     try:
@@ -120,6 +109,8 @@ def look_at_parquet(source: Source, root: Path) -> int | None:
 
 def look_at_arrow(source: Source, files: Sequence[str]) -> int | None:
     """One or more .arrow files, of which the first's schema is looked at."""
+    if not files:
+        return None
     try:
         columns = _arrow_table(files[0]).column_names
         rows = sum(len(_arrow_table(file)) for file in files[:_MOST_TABLES])
@@ -164,8 +155,11 @@ def split_of(source: Source, place: str) -> str:
     return source.split
 
 
-def look_at_tar(source: Source, file: str) -> None:
+def look_at_tar(source: Source, root: Path) -> None:
     """One or more .tar shards, of which the first's first members are looked at."""
+    if not (files := pattern_files(source.path, root)):
+        return
+    file = files[0]
     extensions: dict[str, None] = {}
     fields: dict[str, None] = {}
     try:
@@ -175,7 +169,7 @@ def look_at_tar(source: Source, file: str) -> None:
                 if (parts := split_name(member.name)) is None:
                     continue
                 extensions[parts[1]] = None
-                if parts[1] == "json" and member.kind == "file":
+                if parts[1] == "json" and member.kind == "file" and member.num_bytes <= MOST_TEXT:
                     fields.update(dict.fromkeys(_fields(os.pread(stream.fileno(), member.num_bytes, member.offset))))
     except Torn as error:
         if not extensions:
@@ -198,39 +192,6 @@ def _fields(content: bytes) -> tuple[str, ...]:
         return tuple(fields_of(content))
     except RowError:
         return ()  # a bad row
-
-
-def pattern_files(path: str, root: Path) -> list[str]:
-    """The files that a pattern names: `*`, `?`, `[...]`, `**`, {000..063} and {a,b}. Raises Wrong if one lacks."""
-    files: list[str] = []
-    for name in _braces(path):
-        place = place_of(root, name)
-        found = [place] if os.path.isfile(place) else sorted(filter(os.path.isfile, glob.glob(place, recursive=True)))
-        if not found and name == path and not glob.has_magic(name):
-            raise Wrong(missing(root, path))
-        if not found:
-            raise Wrong(f"{quoted(path)} matches no file" if name == path else f"no file {quoted(name)}, which {quoted(path)} names")
-        files += found
-    return files
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """The pattern with {000..063} and {a,b} written out."""
-    match = re.search(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last, words = match.groups()
-    if words is not None:
-        inner = words.split(",")
-    elif not 0 <= int(last) - int(first) < _MOST_FILES:
-        raise Wrong(f"{match.group()}: a range rises, over at most {_MOST_FILES:,} numbers")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        inner = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-    for each in inner:
-        for rest in _braces(pattern[match.end() :]):
-            yield pattern[: match.start()] + each + rest
 
 
 def look_at_columns(source: Source, columns: Sequence[str], asked: Mapping[str, str | Sequence[str]] | None = None) -> None:

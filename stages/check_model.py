@@ -10,7 +10,8 @@ from pathlib import Path
 
 from stages.check_computing import attention_problems
 from stages.check_objectives import family_problems, known_problems, precision_notes
-from stages.families.facts import DISTILLED, FAMILIES, KNOWN, PIPELINES, ModelSizes, UnsuitableModel, tasks_of
+from stages.families.facts import DISTILLED, FAMILIES, KNOWN, PIPELINES, ModelSizes, UnsuitableModel, check_parts, tasks_of
+from stages.hub.words import PREFIX
 from stages.paths import missing, place_of, read_json
 from stages.plan import Model
 from stages.problems import Location, Problem, nearest, quoted, written
@@ -32,7 +33,7 @@ class ModelFolder:
 def model_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
     """What is wrong with `model`, and what does not fit it; and `start`."""
     repo, location = _repo(read)
-    if read.plan.start is not None and not os.path.exists(place_of(root, read.plan.start)):
+    if read.plan.start is not None and not read.plan.start.startswith(PREFIX) and not os.path.exists(place_of(root, read.plan.start)):
         yield Problem(read.place("start"), "start", missing(root, read.plan.start))
     folder = place_of(root, repo)
     if not os.path.isdir(folder):
@@ -98,6 +99,7 @@ def read_folder(folder: str) -> ModelFolder:
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise UnsuitableModel(f"is a {pipeline}; what can be trained is {', '.join(sorted(PIPELINES))}")
+    check_parts(index)
     family = PIPELINES[pipeline]
     facts, second = FAMILIES[family], index.get("transformer_2")
     has_second = isinstance(second, list) and bool(second) and second[0] is not None

@@ -8,26 +8,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from mixing.columns import TASKS
 from mixing.records import SUFFIXES
 from mixing.tar_members import compression
-from stages.check_files import (
-    Wrong,
-    first_lines,
-    look_at_arrow,
-    look_at_choice,
-    look_at_parquet,
-    look_at_records,
-    look_at_saved,
-    look_at_tar,
-    object_of,
-    pattern_files,
-    split_of,
-)
+from stages.check_files import first_lines, look_at_arrow, look_at_choice, look_at_parquet, look_at_records, look_at_saved, look_at_tar, object_of, split_of
+from stages.check_patterns import Wrong, pattern_files
 from stages.paths import missing, place_of
 from stages.plan import Source
 from stages.problems import Problem, quoted, written
@@ -48,7 +37,7 @@ IMAGE_SUFFIXES = frozenset(
 METADATA = "metadata.jsonl"
 METADATA_FILES = (METADATA, "metadata.csv")
 
-_MOST_LISTED = 300_000  # files; a larger folder is judged by these and not counted
+_MOST_LISTED = 300_000  # files of all sources together; a larger folder is judged by these and not counted
 
 
 @dataclass(frozen=True)
@@ -60,15 +49,39 @@ class _Files:
     """Whether that is all of them."""
 
 
+@dataclass
+class _Listing:
+    """Lists folders: each once, and only so many files in all."""
+
+    left: int
+    known: dict[str, _Files] = field(default_factory=dict)
+
+    def of(self, place: str) -> _Files:
+        """What lies in a folder."""
+        if place not in self.known:
+            names, is_whole = [], True
+            for folder, inner, files in os.walk(place):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                prefix = os.path.relpath(folder, place) + "/" if folder != place else ""
+                names += [prefix + name for name in files if name[0] != "."]
+                if len(names) > self.left:
+                    is_whole = False
+                    break
+            self.left -= len(names)
+            self.known[place] = _Files(tuple(names), is_whole)
+        return self.known[place]
+
+
 def source_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:
     """What is wrong with the plan's sources, and with the folder of labelled images."""
+    listing = _Listing(_MOST_LISTED)
     for name, source in read.plan.sources.items():
         try:
             if source.stream and not source.path.startswith("hub/") and not source.path.endswith((".tar", ".parquet")):
                 raise Wrong("only .tar shards, .parquet files and Hub datasets are streamed; remove it", "stream")
             if source.stream and TASKS[source.task].regions:
                 raise Wrong(f"task {source.task} is not streamed: how many regions its rows have must be known beforehand; remove it", "stream")
-            most = _most_rows(source, root)
+            most = _most_rows(source, root, listing)
             if source.take is not None and source.take.count is not None and most is not None and source.take.count > most:
                 raise Wrong(f"{source.take.count:,} rows are asked for, and there are {most:,}", "take.count")
         except Wrong as error:
@@ -105,7 +118,7 @@ def _prior(source: Source, root: Path) -> int:
     return prior.count
 
 
-def _most_rows(source: Source, root: Path) -> int | None:
+def _most_rows(source: Source, root: Path, listing: _Listing) -> int | None:
     """Look at a source, and say how many rows it has at most; None if that is not counted cheaply. Raises Wrong."""
     if source.prior is not None:
         return _prior(source, root)
@@ -124,18 +137,20 @@ def _most_rows(source: Source, root: Path) -> int | None:
     if os.path.isfile(os.path.join(place, "state.json")):
         return look_at_saved(source, place)
     if os.path.isdir(place):
-        return _folder(source, place)
+        return _folder(source, place, listing)
     if path.endswith(".parquet"):
         return look_at_parquet(source, root)
     if path.endswith(".arrow"):
         return look_at_arrow(source, pattern_files(path, root))
     if path.endswith(".tar"):
-        look_at_tar(source, pattern_files(path, root)[0])
+        look_at_tar(source, root)
         return None
     if not os.path.exists(place):
         if re.search(r"[*?{\[]", path):
             raise Wrong(f"{quoted(path)}: a pattern names .parquet, .arrow or .tar files; a source is {KINDS}")
         raise Wrong(missing(root, path))
+    if not os.path.isfile(place):
+        raise Wrong(f"{quoted(path)} is neither a file nor a folder")
     if (reason := compression(path)) is not None:
         raise Wrong(reason)
     if not path.endswith(SUFFIXES):
@@ -143,10 +158,10 @@ def _most_rows(source: Source, root: Path) -> int | None:
     return look_at_records(source, [place])
 
 
-def _folder(source: Source, place: str) -> int | None:
+def _folder(source: Source, place: str, listing: _Listing) -> int | None:
     """A folder of images with captions, or with metadata."""
-    files = _listed_files(place)
-    metadata = [name for name in files.names if os.path.basename(name) in METADATA_FILES]
+    files = listing.of(place)
+    metadata = [name for name in files.names if os.path.basename(name) in METADATA_FILES and os.path.isfile(os.path.join(place, name))]
     if metadata:
         return look_at_records(source, [os.path.join(place, name) for name in metadata])
     images = sum(_suffix(name) in IMAGE_SUFFIXES for name in files.names)
@@ -168,17 +183,6 @@ def _folder(source: Source, place: str) -> int | None:
         message = f"{shown} holds {counted} and no caption; write a .txt of the same name beside each, or give `prompt`"
         raise Wrong(message)
     return images if files.is_whole else None
-
-
-def _listed_files(place: str) -> _Files:
-    names: list[str] = []
-    for folder, inner, files in os.walk(place):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        prefix = os.path.relpath(folder, place) + "/" if folder != place else ""
-        names += [prefix + name for name in files if name[0] != "."]
-        if len(names) > _MOST_LISTED:
-            return _Files(tuple(names), is_whole=False)
-    return _Files(tuple(names), is_whole=True)
 
 
 def _suffix(name: str) -> str:

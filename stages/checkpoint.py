@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stages.problems import RunError
+
 FORMAT = 2  # 1 kept no lanes, tokens and levels, and drew in another order
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -36,8 +38,12 @@ class Checkpoint:
         return f"{name}.safetensors" in self.files
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU."""
-        tensors: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
+        """The tensors saved under a name (`adapter`, `transformer`, `optimizer`, `ema`, `probe`), on the CPU. Raises RunError if the file holds none, as one that another put there."""
+        file = self.file(name)
+        try:
+            tensors: dict[str, Tensor] = load_file(file)
+        except SafetensorError as error:
+            raise RunError(f"{file} is no safetensors file ({error}), though its manifest names it; remove {self.folder}, and the same command goes on from the checkpoint before") from None
         return tensors
 
     def hash_of(self, name: str) -> str | None:
@@ -118,7 +124,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, int(state["step"]), state, {name: str(entry["sha256"]) for name, entry in manifest["files"].items()})
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {Path(error.filename).name} is missing; it was not finished") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ValueError(f"{folder}: its {_MANIFEST} or {_STATE} cannot be read ({error})") from None
 
 

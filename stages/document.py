@@ -30,8 +30,8 @@ from ruamel.yaml.reader import ReaderError
 
 from stages.problems import Problem, quoted
 
-MOST_BYTES = 2**20
-MOST_VALUES = 50_000  # after aliases are followed: a plan of a thousand stages with every field written has 30,000
+MOST_BYTES = 2**18
+MOST_VALUES = 20_000  # after aliases are followed; a slow machine reads so many in a second
 DEEPEST = 50
 
 Scalar = str | int | float | bool | None
@@ -105,12 +105,12 @@ class Entry:
     node: Node
 
 
-def parse(text: str, places: Places) -> tuple[Node | None, list[Problem]]:
+def parse(text: str, places: Places, most_values: int = MOST_VALUES) -> tuple[Node | None, list[Problem]]:
     """The tree of a YAML text, and what is wrong with the text. No tree if it is empty, or broken off at a problem.
 
-    places: gives the place of a line and column.
+    places: gives the place of a line and column. most_values: beyond so many it is broken off.
     """
-    builder = _Builder(text, places)
+    builder = _Builder(text, places, most_values)
     try:
         return builder.document(), builder.problems
     except _Stop:
@@ -152,9 +152,10 @@ class _Stop(Exception):
 class _Builder:
     """Builds the tree from ruamel's events: its composer does not count what aliases make, nor name every double key."""
 
-    def __init__(self, text: str, places: Places) -> None:
+    def __init__(self, text: str, places: Places, most_values: int) -> None:
         self.text = text
         self.places = places
+        self.most_values = most_values
         self.problems: list[Problem] = []
         self.anchors: dict[str, Node | None] = {}  # None: not complete yet
         self.depth = 0
@@ -180,8 +181,8 @@ class _Builder:
     def node(self, event: Event) -> Node:
         """The value that an event begins."""
         self.count += 1
-        if self.count > MOST_VALUES:
-            self.stop(event, f"the plan holds more than {MOST_VALUES:,} values")
+        if self.count > self.most_values:
+            self.stop(event, f"the plan holds more than {self.most_values:,} values")
         if isinstance(event, AliasEvent):
             return self.aliased(event)
         assert isinstance(event, NodeEvent), event
@@ -199,8 +200,8 @@ class _Builder:
                 self.stop(event, f"nested more than {DEEPEST} deep")
             node = self.sequence(event) if isinstance(event, SequenceStartEvent) else self.mapping(event)
             self.depth -= 1
-        if node.size > MOST_VALUES:
-            self.stop(event, f"with its aliases the plan holds more than {MOST_VALUES:,} values")
+        if node.size > self.most_values:
+            self.stop(event, f"with its aliases the plan holds more than {self.most_values:,} values")
         if anchor is not None:
             self.anchors[anchor] = node
         return node

@@ -20,6 +20,7 @@ from stages.attention import NoSuchAttention, name_attention
 from stages.dropout import add_dropout
 from stages.encode import encode
 from stages.engine import Engine, TorchTraining
+from stages.evaluation_size import now
 from stages.explain import byte_words
 from stages.families.family import Family
 from stages.feed import stage_mixture
@@ -55,6 +56,7 @@ def dry_steps(run: Run) -> None:
         return
     left = [index for index, checkpoint in enumerate(run.checkpoints) if checkpoint is None or not checkpoint.state["finished"]]
     tried: dict[str, tuple[int, Largest]] = {}
+    like: dict[int, str] = {}
     for index in left:
         stage = run.plan.stages[index]
         try:
@@ -62,14 +64,15 @@ def dry_steps(run: Run) -> None:
         except ValueError as error:
             raise PlanError.at(f"stages[{index}]", str(error)) from None
         alike = repr((stage.model_dump(include=_TAKES_MEMORY), resolved_storage(stage), placed_adapters(run.plan, index), bool(largest.signature.regions)))
-        size = largest.images * largest.tokens
+        like[index], size = alike, largest.images * largest.tokens
         if alike not in tried or size > tried[alike][1].images * tried[alike][1].tokens:
             tried[alike] = index, largest
     for index, largest in sorted(tried.values(), key=lambda each: each[0]):
         stage, failed = run.plan.stages[index], ""
         peak: int | None = None
+        seconds = 0.0
         try:
-            peak = dry_step(run.family, run.plan, index, largest, processes, run.engine if run.engine.is_sharded else None)
+            peak, seconds = dry_step(run.family, run.plan, index, largest, processes, run.engine if run.engine.is_sharded else None)
         except torch.OutOfMemoryError as error:
             failed = out_of_memory_words(stage, index, largest, str(error).split("\n", 1)[0])
         except TargetError as error:
@@ -83,6 +86,8 @@ def dry_steps(run: Run) -> None:
         everywhere = run.processes.gathered(failed)
         if failed := next(filter(None, everywhere), ""):
             raise OutOfMemory(failed)
+        own = [other for other, alike in like.items() if alike == like[index]]
+        run.dry_seconds |= dict.fromkeys(own, seconds / (largest.images * largest.tokens))
         record = {"event": "memory", "stage": stage.name, "step": 0, "kind": "dry_step", "images": largest.images, "shape": str(largest.signature), "tokens": largest.tokens}
         run.log.write({**record, "peak_bytes": peak})
         took = f", {byte_words(peak)} at its peak" if peak is not None else ""
@@ -93,8 +98,9 @@ _TAKES_MEMORY = {"precision", "base", "attention", "checkpointing", "offload", "
 """Fields of a stage, beside its batch and shapes, that decide how much memory a step takes."""
 
 
-def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None = None) -> int | None:
-    """Load a stage's model, make its largest micro-batch up, and train on it as the stage would; nothing of it is kept. Gives the peak in bytes on a GPU, else None.
+def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None = None) -> tuple[int | None, float]:
+    """Load a stage's model, make its largest micro-batch up, and train on it as the stage would; nothing of it is kept. Gives the peak in bytes on a GPU, else None, and the seconds
+    that the last of its steps took.
 
     What accelerate keeps for several processes, one more gradient, is set aside; nothing is exchanged, so a process that runs out of memory leaves none waiting.
     engine: one that shards the model, which every process then has to do at once; None for none. Raises torch.OutOfMemoryError.
@@ -104,11 +110,11 @@ def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes
         torch.cuda.reset_peak_memory_stats(device)
     # peft draws the weights of fresh pairs, though others take their place.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        _train(family, plan, index, largest, processes, engine)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        seconds = _train(family, plan, index, largest, processes, engine)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None, seconds
 
 
-def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None) -> None:
+def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: int, engine: Engine | None) -> float:
     stage, device = plan.stages[index], family.device
     model, trainable = build_model(family, plan, stage, f"stages[{index}]", Baton(None, None, "the dry step"), engine.loads_on if engine else None)
     drawing = add_dropout(model, placed_adapters(plan, index), trainable.values())
@@ -124,15 +130,18 @@ def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: 
     batch, shown = _made_up(family, largest, stage_key)
     none = (False,) * largest.images
     for _ in range(_STEPS):
+        began = now(device)
         for part in Objective(family, stage, stage_key, precision.dtype, largest.images).parts(batch, shown, LeftOut(none, none), 0):
             with drawing.of([key(stage_key, "dropout", row) for row in part.rows.tolist()]):
                 with precision.autocast():
                     predicted = shown.predict_part(family, training.wrapped, part)
                 training.backward(losses(predicted, part).sum())
         training.step(stage.clip)
+    seconds = now(device) - began
     if engine:
         engine.release(model)
     del beside, buckets  # until here they take the memory that they would
+    return seconds
 
 
 def _made_up(family: Family, largest: Largest, stage_key: int) -> tuple[MicroBatch, Shown]:

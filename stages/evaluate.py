@@ -1,19 +1,18 @@
 """Evaluation: the held-out loss of each source, on the same rows, timesteps and noise at every point of a run, so that differences are paired.
 
-Row j of a source is measured at the middle of stratum j mod 8 of the family's own timestep density, with noise keyed by (seed, source, row).
-Nothing depends on the batch size, the number of processes, or the stage. Pairing is worth a factor of 30 in signal to noise.
+Rows of a source have a fixed order, by a hash of their names, of which the first n are measured. Row j is measured in stratum j mod 8 of the family's own timestep
+density, where inside it follows from a key, and its noise from another, of (seed, source, row). Nothing depends on the batch size, the number of processes, or the stage.
+Pairing is worth a factor of 30 in signal to noise.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -22,13 +21,14 @@ from torch import nn
 from mixing.bad_rows import BadRow
 from mixing.batch import MicroBatch, read_rows
 from mixing.buckets import Shapes
-from mixing.keys import key
+from mixing.keys import key, uniform
 from mixing.reading import Latents
 from mixing.selected import Selection
-from stages.checkpoint import write_whole
+from mixing.selection import row_hashes
 from stages.encode import kept_latents
 from stages.engine import ALONE
 from stages.families.family import Family
+from stages.measured import Measured
 from stages.objectives import flow, pyramid
 from stages.objectives.parts import errors, whole
 from stages.objectives.windows import Windows
@@ -40,79 +40,74 @@ _ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One evaluation. losses: source to row key to loss; strata: source to row key to stratum in [0, 8), 0 the least noise."""
+class Portion:
+    """Held-out rows of one source that are read together, with as many references each."""
 
-    losses: Mapping[str, Mapping[str, float]]
-    strata: Mapping[str, Mapping[str, int]]
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps({"losses": self.losses, "strata": self.strata}))
-
-    @staticmethod
-    def load(path: Path) -> Measured:
-        """Read what `save` wrote."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(saved["losses"], saved["strata"])
-
-    def summary(self, base: Measured | None, start: Measured | None) -> dict[str, dict[str, Any]]:
-        """Per source that has any: loss, rows, loss by stratum (None where a stratum has no row), and the paired change since the base and since the stage's start with its standard error."""
-        table: dict[str, dict[str, Any]] = {}
-        for source, losses in self.losses.items():
-            if not losses:
-                continue
-            entry: dict[str, Any] = {"loss": _mean(list(losses.values())), "rows": len(losses)}
-            strata = [[loss for row, loss in losses.items() if self.strata[source][row] == stratum] for stratum in range(STRATA)]
-            entry["by_timestep"] = [_mean(stratum) if stratum else None for stratum in strata]
-            for name, other in (("since_base", base), ("since_start", start)):
-                if other is not None and source in other.losses:
-                    pairs = [loss - other.losses[source][row] for row, loss in losses.items() if row in other.losses[source]]
-                    if len(pairs) > 1:
-                        entry[name], entry[f"{name}_error"] = _mean(pairs), _standard_error(pairs)
-            table[source] = entry
-        return table
+    source: str
+    rows: tuple[int, ...]
+    strata: tuple[int, ...]
+    """Of each row, in [0, 8), 0 the least noise."""
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+def in_order(selection: Selection) -> list[int]:
+    """The held-out rows of a source in the order in which they are measured and sampled: by the hash that held them out, so that the first n are what n rows would have been."""
+    hashes = row_hashes(selection.source.name, selection.source.keys(selection.held_out))
+    rows: list[int] = selection.held_out[np.argsort(hashes, kind="stable")].tolist()
+    return rows
 
 
-def _standard_error(values: list[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+def portions(selections: Mapping[str, Selection], rows: int | None) -> list[Portion]:
+    """The first rows of every source, in portions that processes share out. rows: how many; None for all that are held out."""
+    found = []
+    for name, selection in selections.items():
+        ordered = in_order(selection)[:rows]
+        references = selection.source.num_references[ordered].tolist()
+        for count in sorted(set(references)):
+            places = [place for place, its in enumerate(references) if its == count]
+            for first in range(0, len(places), _ROWS_AT_ONCE):
+                part = places[first : first + _ROWS_AT_ONCE]
+                found.append(Portion(name, tuple(ordered[place] for place in part), tuple(place % STRATA for place in part)))
+    return found
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some held-out rows of one source, of one signature. strata: of each row."""
+    """Some held-out rows of one source, of one signature. quantiles: of the timestep density, of each row, float64 in (0, 1)."""
 
     source: str
     batch: MicroBatch
-    strata: tuple[int, ...]
+    quantiles: torch.Tensor
 
 
-def chunks(selections: Mapping[str, Selection], shapes: Shapes, mine: Callable[[int], bool], unreadable: Callable[[BadRow], None], latents: Latents | None = None) -> Iterator[Chunk]:
-    """The held-out rows in fixed chunks; chunk number n is read only where mine(n) says so, so that processes can share them.
+def chunks(
+    own: Iterable[Portion], selections: Mapping[str, Selection], shapes: Shapes, seed: int, unreadable: Callable[[BadRow], None], latents: Latents | None = None
+) -> Iterator[Chunk]:
+    """Read portions. unreadable: is told of each row that cannot be decoded; it is left out. latents: those that were made before."""
+    for portion in own:
+        selection = selections[portion.source]
+        quantiles = {}
+        for row, stratum in zip(portion.rows, portion.strata, strict=True):
+            name = selection.source.key(row)
+            within = uniform(np.asarray([key(seed, "evaluate t", portion.source, name)], dtype=np.uint64))
+            quantiles[name] = (stratum + float(within[0])) / STRATA
+        batches, bad = read_rows(selection, portion.rows, shapes, latents)
+        for bad_row in bad:
+            unreadable(bad_row)
+        for batch in batches:
+            yield Chunk(portion.source, batch, torch.tensor([quantiles[row] for row in batch.keys], dtype=torch.float64))
 
-    unreadable: is told of each row that cannot be decoded; it is left out. latents: those that were made before.
-    """
-    number = 0
-    for name, selection in selections.items():
-        references = selection.source.num_references[selection.held_out]
-        for count in sorted(set(references.tolist())):
-            rows = selection.held_out[references == count].tolist()
-            for first in range(0, len(rows), _ROWS_AT_ONCE):
-                if mine(number):
-                    part = rows[first : first + _ROWS_AT_ONCE]
-                    strata = {selection.source.key(row): (first + place) % STRATA for place, row in enumerate(part)}
-                    batches, bad = read_rows(selection, part, shapes, latents)
-                    for bad_row in bad:
-                        unreadable(bad_row)
-                    for batch in batches:
-                        yield Chunk(name, batch, tuple(strata[row] for row in batch.keys))
-                number += 1
+
+@dataclass(frozen=True)
+class Way:
+    """How held-out rows are measured in a stage."""
+
+    shapes: Shapes
+    precision: StagePrecision
+    seed: int
+    windows: Windows | None = None
+    """The levels of the pyramid that rows are measured on, the strata being even parts of the whole way; None for the straight way."""
+    t_range: tuple[float, float] = (0.0, 1.0)
+    """The noise levels that they are measured at."""
 
 
 @torch.no_grad()
@@ -128,33 +123,40 @@ def evaluate(
     unreadable: Callable[[BadRow], None],
     windows: Windows | None = None,
     t_range: tuple[float, float] = (0.0, 1.0),
+    rows: int | None = None,
     in_step: AbstractContextManager[None] = ALONE,
 ) -> Measured:
-    """Measure every source's held-out rows, shared out among the processes; the same result on each of them, and for any number of them.
+    """Measure held-out rows of every source, shared out among the processes; the same result on each of them, and for any number of them.
 
-    windows: the levels of the pyramid that the rows are measured on, its strata being even parts of the whole way; None for the straight way.
-    t_range: the noise levels that they are measured at. unreadable: is told of each of this process's rows that cannot be decoded; they are left out. in_step: what the processes share
-    the rows out in, of `Engine.shared_out`.
+    shapes, precision, seed, windows, t_range: as of `Way`. unreadable: is told of each of this process's rows that cannot be decoded; they are left out. rows: as of
+    `portions`. in_step: what the processes share the rows out in, of `Engine.shared_out`.
     """
+    way = Way(shapes, precision, seed, windows, t_range)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    rows: list[tuple[str, str, float, int]] = []
+    found: list[tuple[str, str, float, float]] = []
     with in_step:
-        for chunk in chunks(selections, shapes, lambda number: number % processes == rank, unreadable, kept_latents(family)):
-            middles = (torch.tensor(chunk.strata, dtype=torch.float64) + 0.5) / STRATA
-            if windows is not None:
-                row_losses = level_losses(family, transformer, chunk.batch, middles, windows, precision, seed)
-            else:
-                kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
-                shift = family.shift(family.tokens(*chunk.batch.targets.size))
-                density = flow.Density(kind, shift=shift, low=t_range[0], high=t_range[1])
-                row_losses = chunk_losses(family, transformer, chunk.batch, density.t(middles), precision, seed)
-            rows += zip([chunk.source] * len(chunk.strata), chunk.batch.keys, row_losses.tolist(), chunk.strata, strict=True)
-    gathered = sorted(gather_object(rows)) if processes > 1 else sorted(rows)
-    losses: dict[str, dict[str, float]] = {name: {} for name in selections if len(selections[name].held_out)}
-    strata: dict[str, dict[str, int]] = {name: {} for name in losses}
-    for source, row, loss, stratum in gathered:
-        losses[source][row], strata[source][row] = loss, stratum
-    return Measured(losses, strata)
+        for chunk in chunks(portions(selections, rows)[rank::processes], selections, way.shapes, way.seed, unreadable, kept_latents(family)):
+            t, row_losses = measure(family, transformer, chunk, way)
+            found += zip([chunk.source] * len(t), chunk.batch.keys, t, row_losses.tolist(), strict=True)
+    gathered = sorted(gather_object(found)) if processes > 1 else sorted(found)
+    asked = {name: len(selection.held_out[:rows]) for name, selection in selections.items() if len(selection.held_out)}
+    losses: dict[str, dict[str, float]] = {name: {} for name in asked}
+    levels: dict[str, dict[str, float]] = {name: {} for name in asked}
+    for source, row, level, loss in gathered:
+        losses[source][row], levels[source][row] = loss, level
+    return Measured(losses, levels, asked)
+
+
+def measure(family: Family, transformer: nn.Module, chunk: Chunk, way: Way) -> tuple[list[float], torch.Tensor]:
+    """The noise level and the loss of each row of a chunk. The level is what the row asks for, before a precision rounds it, so that it is the same in every stage."""
+    if way.windows is not None:
+        levels, within = on_way(chunk.quantiles, way.windows)
+        t = [way.windows.end(level) + float(place) * way.windows.width(level) for level, place in zip(levels, within, strict=True)]
+        return t, level_losses(family, transformer, chunk.batch, chunk.quantiles, way.windows, way.precision, way.seed)
+    kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
+    shift = family.shift(family.tokens(*chunk.batch.targets.size))
+    at = flow.Density(kind, shift=shift, low=way.t_range[0], high=way.t_range[1]).t(chunk.quantiles)
+    return at.tolist(), chunk_losses(family, transformer, chunk.batch, at, way.precision, way.seed)
 
 
 def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: torch.Tensor, precision: StagePrecision, seed: int) -> torch.Tensor:
@@ -171,10 +173,9 @@ def level_losses(family: Family, transformer: nn.Module, batch: MicroBatch, plac
     """The same on a pyramid. places: how far each row is on the way from image to noise, float64 [B] in (0, 1); each level has an equal part of it."""
     shown = show(family, batch)
     x = shown.x
-    on_way = places * windows.levels
-    levels = [windows.levels - 1 - int(place) for place in on_way.tolist()]
+    levels, within = on_way(places, windows)
     parts = pyramid.split(
-        x, _noise(batch, x, seed), levels, (on_way % 1).float(), windows, patch=family.model.sizes.patch, seen=lambda t: family.seen_timestep(t, precision.dtype)
+        x, _noise(batch, x, seed), levels, within, windows, patch=family.model.sizes.patch, seen=lambda t: family.seen_timestep(t, precision.dtype)
     )
     found = torch.zeros(len(x), device=x.device)
     for part in parts:
@@ -182,6 +183,12 @@ def level_losses(family: Family, transformer: nn.Module, batch: MicroBatch, plac
             predicted = shown.predict_part(family, transformer, part)
         found[part.rows.to(x.device)] = errors(predicted, part)
     return found
+
+
+def on_way(places: torch.Tensor, windows: Windows) -> tuple[list[int], torch.Tensor]:
+    """The level of each place on the way from image to noise, and where inside it that is, float32 in [0, 1)."""
+    scaled = places * windows.levels
+    return [windows.levels - 1 - int(place) for place in scaled.tolist()], (scaled % 1).float()
 
 
 def _noise(batch: MicroBatch, x: torch.Tensor, seed: int) -> torch.Tensor:

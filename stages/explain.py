@@ -1,9 +1,10 @@
-"""Explain: what a plan will do, said before it is done. No weights are loaded."""
+"""Explain: what a plan will do, said before it is done: on the console, or as tables in a notebook. No weights are loaded."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from mixing.buckets import Signature
 from mixing.mixture import StageMixture
 from mixing.selected import Selection
+from stages.as_html import to_html
 from stages.feed import Sizes, stage_mixture
 from stages.placed import newest, placed_adapters, target_of
 from stages.plan import LearningRate, MixAdaptive, MixRamp, Plan, Stage, Storage
@@ -47,11 +49,38 @@ class ModelFacts:
     """Parameters of the transformer that nf4 and int8 leave as they are."""
 
 
-_UNKNOWN = Sizes(16, 0)  # of a model whose configs cannot be had: most ask for multiples of 16 pixels
+UNKNOWN_SIZES = Sizes(16, 0)
+"""Of a model whose configs cannot be had: most ask for multiples of 16 pixels."""
 
 
-def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts | None, console: Console, memory: Callable[[int, StageMixture], str] | None = None) -> None:
-    """Print what the plan will do: each stage, and what each source gives in all.
+Part = Text | Padding
+"""A line, or a table that is moved in."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan will do, in lines and tables."""
+
+    parts: tuple[Part, ...]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return to_html(self.parts)
+
+    def __str__(self) -> str:
+        console = Console(width=_WIDEST, file=io.StringIO(), record=True)
+        show(self.parts, console)
+        return console.export_text()
+
+
+def show(parts: Iterable[Part], console: Console) -> None:
+    """Print an explanation as it is made, not wider than is read with ease."""
+    for part in parts:
+        console.print(part, width=min(_WIDEST, console.width))
+
+
+def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts | None, memory: Callable[[int, StageMixture], str] | None = None) -> Iterator[Part]:
+    """Say what the plan will do: each stage, and what each source gives in all.
 
     model: None if nothing is known of it. memory: what a stage's steps take, in words, by its number from 0 and its mixture; None if only weights are counted. Raises ValueError if a stage draws from a source without rows, or if an image has more tokens than a
     micro-batch or a step may have.
@@ -59,39 +88,39 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
     repo = plan.model if isinstance(plan.model, str) else plan.model.repo
     known = f" ({model.family}, {short(model.parameters)} parameters)" if model else ""
     stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages"
-    _say(console, Text.assemble((plan.name, "bold"), f": {repo}{known}, {stages}, seed {plan.seed}"))
+    yield Text.assemble((plan.name, "bold"), f": {repo}{known}, {stages}, seed {plan.seed}")
     total: Counter[str] = Counter()
     tokens = 0
     drawn: dict[tuple[str, str], int] = {}
     for index, stage in enumerate(plan.stages):
-        mixture = stage_mixture(stage, selections, model.sizes if model else _UNKNOWN, seed=plan.seed, drawn_before=drawn)
+        mixture = stage_mixture(stage, selections, model.sizes if model else UNKNOWN_SIZES, seed=plan.seed, drawn_before=drawn)
         drawn |= mixture.order.drawn_after(stage.steps)
         images = Counter(dict.fromkeys(mixture.asked, 0))
         for cell, count in zip(mixture.order.cells, mixture.order.counts(np.asarray(stage.steps)).tolist(), strict=True):
             images[cell.source] += count
         total.update(images)
         tokens += mixture.tokens_before(stage.steps)
-        console.print()
-        _say(console, Text(f"{index + 1}  {stage.name}", style="bold"))
-        _say(console, Padding(_facts(plan, index, mixture, model, memory), (0, 0, 0, 3)))
-        _say(console, Padding(_mix(stage, mixture, images), (0, 0, 0, 3)))
-        _say(console, Padding(_buckets(mixture, knows_tokens=model is not None), (0, 0, 0, 3)))
+        yield Text()
+        yield Text(f"{index + 1}  {stage.name}", style="bold")
+        yield Padding(_facts(plan, index, mixture, model, memory), (0, 0, 0, 3))
+        yield Padding(_mix(stage, mixture, images), (0, 0, 0, 3))
+        yield Padding(_buckets(mixture, knows_tokens=model is not None), (0, 0, 0, 3))
         for warning in _about_steps(mixture) if model else ():
-            _say(console, Padding(Text(warning, style="yellow"), (0, 0, 0, 3)))
-    console.print()
-    _say(console, Text("In all", style="bold"))
-    _say(console, Padding(_totals(plan, tokens if model else None, total, selections), (0, 0, 0, 3)))
+            yield Padding(Text(warning, style="yellow"), (0, 0, 0, 3))
+    yield Text()
+    yield Text("In all", style="bold")
+    yield Padding(_totals(plan, tokens if model else None, total, selections), (0, 0, 0, 3))
     for name, selection in selections.items():
-        _say(console, _refused(name, selection))
+        yield _refused(name, selection)
     for warning in _warnings(plan, total, selections):
-        _say(console, Text(warning, style="yellow"))
+        yield Text(warning, style="yellow")
 
 
 _OPERATIONS_A_SECOND = 1e14
 
 
-def explain_run(plan: Plan, console: Console) -> None:
-    """Open the plan's sources, read its model's configs, and explain. Raises PlanError if either cannot be done, or if it does not fit.
+def explain_run(plan: Plan) -> Iterator[Part]:
+    """Open the plan's sources, read its model's configs, and explain, part by part as they are known. Raises PlanError if either cannot be done, or if it does not fit.
 
     A Hub model whose configs cannot be had is explained without tokens and memory.
     """
@@ -108,20 +137,16 @@ def explain_run(plan: Plan, console: Console) -> None:
     try:
         facts = model_facts(plan)
         if facts is None:
-            explain(plan, everything, None, console)
+            yield from explain(plan, everything, None)
         else:
             family = open_family(plan.model, torch.device("cpu"))
-            explain(plan, everything, facts, console, lambda index, mixture: memory_words(family, plan, index, mixture))
+            yield from explain(plan, everything, facts, lambda index, mixture: memory_words(family, plan, index, mixture))
         for name in missing:
-            _say(console, Text(f"source {name}: its images are made by the model before training, which takes time too", style="dim"))
+            yield Text(f"source {name}: its images are made by the model before training, which takes time too", style="dim")
         for line in kept(plan, selections):
-            _say(console, Text(line, style="dim"))
+            yield Text(line, style="dim")
     except ValueError as error:
         raise PlanError.at("", str(error)) from None
-
-
-def _say(console: Console, what: Text | Padding) -> None:
-    console.print(what, width=min(_WIDEST, console.width))
 
 
 def _facts(plan: Plan, index: int, mixture: StageMixture, model: ModelFacts | None, memory: Callable[[int, StageMixture], str] | None) -> Table:
@@ -326,7 +351,7 @@ def _totals(plan: Plan, tokens: int | None, total: Mapping[str, int], selections
 def _refused(name: str, selection: Selection) -> Text:
     """The rows of a source that cannot be used, each with its reason; of many the first ten."""
     bad = selection.source.bad
-    lines = [f"{len(bad):,} rows of source '{name}' are refused:"] + [f"  {row.key}: {row.reason}" for row in bad[:10]]
+    lines = [f"{len(bad):,} rows of source '{name}' are refused:"] + [f"  {row.key if row.key.isprintable() else repr(row.key)}: {row.reason}" for row in bad[:10]]
     more = [f"  and {len(bad) - 10:,} more"] if len(bad) > 10 else []
     return Text("\n".join([*lines, *more]) if bad else f"no row of source '{name}' is refused", style="yellow" if bad else "dim")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,17 @@ from safetensors import safe_open
 
 from mixing.batch import MicroBatch
 from stages.adapter import adapter_weights
+from stages.card import Told, model_card
+from stages.card_facts import licence_of, samples_of
 from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
 from stages.handoff import build_model, carried, probe, probe_batches, read_baton
+from stages.hub.start import began_from
 from stages.layouts import ADAPTER_FILE, SECOND_FILE
 from stages.objectives.windows import METADATA_KEY, write
 from stages.peft_layout import WEIGHTS_FILE
-from stages.plan import Plan
+from stages.plan import Stage
 from stages.precision import StagePrecision
-from stages.publish import Trained, model_card, publish_adapter
+from stages.publish import Trained, publish_adapter
 from stages.reader import to_yaml
 from stages.report import first_table, write_report
 from stages.resolved import plain_storage, quantised, windows_of
@@ -33,42 +36,86 @@ _MARK = "medley.json"
 
 def finish(run: Run) -> None:
     """After the last stage: publish what was trained, and write the report."""
-    checkpoint = run.last
-    assert checkpoint is not None
-    stage = run.plan.stages[-1]
-    model_folder = run.folder / "model"
     if run.accelerator.is_main_process:
-        if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
-            transformer = run.family.load_transformer(torch.float32, run.baton.base, stage.expert)
-            if stage.train == "full" and checkpoint.has("ema"):
-                transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
-            partial = run.folder / ".model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            run.family.save_model(partial, transformer, stage.expert)
-            write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
-            shutil.rmtree(model_folder, ignore_errors=True)
-            partial.rename(model_folder)
-            run.log.say(f"the trained model is in {model_folder}")
-        if run.baton.adapter is not None and not is_published(run.folder, checkpoint):
-            batches = probe_batches(run.selections, run.shapes(stage))
-            base_note = f'pipe = {run.family.pipeline_class}.from_pretrained("{model_folder}")  # the base that was trained here' if run.baton.base else None
-            notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
-            if (windows := windows_of(stage)) is not None:
-                notes[METADATA_KEY] = write(windows)
-            trained = [_trained(run, index, batches) for index in _last_stages(run.plan)]
-            card = model_card(run.plan, run.family, first_table(run.folder), run.ledger(), run.versions, base_note, tuple(each.expert for each in trained))
-            sheet = run.folder / "previews" / f"{len(run.plan.stages)}-{stage.name}.png"
-            difference = publish_adapter(run.folder / "adapter", run.family, run.plan, trained, batches, notes, card, sheet)
-            run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
-            run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
+        _publish(run, len(run.plan.stages) - 1)
         report = write_report(run.folder)
         run.log.say(f"report: {report}")
     run.processes.wait()
 
 
-def _last_stages(plan: Plan) -> list[int]:
-    """The number of the last stage that trained adapters of each transformer, in the order of the model's transformers."""
-    last = {stage.expert: index for index, stage in enumerate(plan.stages) if stage.train != "full"}
+def leave(run: Run) -> int:
+    """After a signal: write the report of what there is. Returns the exit code."""
+    if run.accelerator.is_main_process:
+        write_report(run.folder)
+    return run.stop.exit_code
+
+
+def publish_so_far(run: Run, index: int) -> None:
+    """After a stage that others follow: publish what was trained so far, where the plan sends it to the Hub after each stage and the next one has not begun."""
+    if run.plan.publish is None or run.plan.publish.when != "stage" or index + 1 == len(run.plan.stages):
+        return
+    if run.accelerator.is_main_process and run.checkpoints[index + 1] is None:
+        _publish(run, index)
+    run.processes.wait()
+
+
+def _publish(run: Run, index: int) -> None:
+    """Publish what was trained up to a stage, by its number, unless it is published already."""
+    checkpoint, stage = run.last, run.plan.stages[index]
+    assert checkpoint is not None
+    model_folder = run.folder / "model"
+    if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
+        transformer = run.family.load_transformer(torch.float32, run.baton.base, stage.expert)
+        if stage.train == "full" and checkpoint.has("ema"):
+            transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
+        partial = run.folder / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        run.family.save_model(partial, transformer, stage.expert)
+        if run.baton.adapter is None:
+            (partial / "README.md").write_text(_card(run, index, [], has_adapter=False)[0], encoding="utf-8")
+        write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
+        shutil.rmtree(model_folder, ignore_errors=True)
+        partial.rename(model_folder)
+        run.log.say(f"the trained model is in {model_folder}")
+    if run.baton.adapter is None:
+        shutil.rmtree(run.folder / "adapter", ignore_errors=True)  # of an earlier stage, whose weights this one has
+    elif not is_published(run.folder, checkpoint):
+        batches = probe_batches(run.selections, run.shapes(stage))
+        notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
+        if (windows := windows_of(stage)) is not None:
+            notes[METADATA_KEY] = write(windows)
+        trained = [_trained(run, number, batches) for number in _last_stages(run.plan.stages[: index + 1])]
+        card, images = _card(run, index, trained, has_adapter=True)
+        sheet = run.folder / "previews" / f"{index + 1}-{stage.name}.png"
+        difference = publish_adapter(run.folder / "adapter", run.family, run.plan, trained, batches, notes, card, sheet, images)
+        run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
+        run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
+    if run.hub is not None:
+        run.hub.put_trained(stage.name)
+
+
+def _card(run: Run, index: int, trained: Sequence[Trained], *, has_adapter: bool) -> tuple[str, dict[str, Path]]:
+    """The card of what was trained up to a stage, and the pictures that it shows, by name."""
+    plan = run.plan.model_copy(update={"stages": run.plan.stages[: index + 1]})
+    samples = samples_of(run.folder, index, plan.stages[-1].name) if has_adapter else []
+    repo, revision = (plan.model, None) if isinstance(plan.model, str) else (plan.model.repo, plan.model.revision)
+    told = Told(
+        table=first_table(run.folder),
+        ledger=run.ledger(),
+        versions=run.versions,
+        samples=samples,
+        licence=licence_of(repo, revision, may_ask=plan.publish is not None),
+        base=None if run.baton.base is None else plan.publish.repo if plan.publish else str(run.folder / "model"),
+        has_adapter=has_adapter,
+        experts=tuple(each.expert for each in trained),
+        start=began_from(plan.start, run.folder),
+    )
+    return model_card(plan, run.family, told), {sample.name: sample.file for sample in samples}
+
+
+def _last_stages(stages: Sequence[Stage]) -> list[int]:
+    """The number of the last of these stages that trained adapters of each transformer, in the order of the model's transformers."""
+    last = {stage.expert: index for index, stage in enumerate(stages) if stage.train != "full"}
     return [last[expert] for expert in sorted(last, key=lambda expert: expert or "")]
 
 

@@ -11,45 +11,42 @@ from stages.handoff import probe, probe_batches
 from stages.leg import Leg
 from stages.memory import peak_bytes
 from stages.report import write_report
-from stages.sampling import previews, sheet
+from stages.sampling import sheet
 from stages.save_leg import save_leg
 from stages.stage_event import stage_event
+from stages.tell_quality import tell_quality
+from stages.tiles import write_tiles
+from stages.untrained import say_time_taken, untrained
 
 
 def finish_leg(leg: Leg) -> Checkpoint:
     """Carry them out. Returns the stage's last checkpoint."""
     run, stage, plan = leg.run, leg.stage, leg.run.plan
-    run.log.end_bar()
     leg.lanes.close()
     _log_memory(leg)
     leg.evaluate("end")
     with leg.averaged():
-        sampler = run.sampler(stage, leg.precision, leg.carried) if plan.previews.rows or run.judge is not None else None
+        sampler = run.sampler(stage, leg.precision, leg.carried) if plan.previews.rows or run.judge is not None or run.metrics else None
         if plan.previews.rows and sampler is not None:
-            shown = previews(
-                run.family,
-                leg.model,
-                run.selections,
-                rows=plan.previews.rows,
-                shapes=run.shapes(stage),
-                sampler=sampler,
-                seed=plan.seed,
-                accelerator=run.accelerator,
-                in_step=run.engine.shared_out(leg.model),
-            )
+            run.log.now("sampling previews")
+            shown = run.previews(leg.model, stage, sampler)
             if run.accelerator.is_main_process and shown:
                 file = run.folder / "previews" / f"{leg.index + 1}-{stage.name}.png"
                 file.parent.mkdir(exist_ok=True)
                 sheet(shown).save(file)
-                run.log.write({"event": "preview", "stage": stage.name, "step": leg.step, "file": str(file.relative_to(run.folder))})
+                rows = write_tiles(run.folder, f"{leg.index + 1}-{stage.name}", shown, base=run.base_name(stage))
+                run.log.write({"event": "preview", "stage": stage.name, "step": leg.step, "file": str(file.relative_to(run.folder)), "rows": rows})
         judged = run.judged(leg.model, stage, sampler) if sampler is not None else None
+        found = run.quality(leg.model, stage, sampler) if sampler is not None else None
+    if found is not None:
+        tell_quality(leg, found)
     if judged and plan.evaluate.accuracy:
-        untrained = run.base(stage)[2]
-        record = {"event": "accuracy", "stage": stage.name, "step": leg.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": untrained}
+        before = untrained(run, stage).accuracy
+        record = {"event": "accuracy", "stage": stage.name, "step": leg.step, "source": plan.evaluate.accuracy.source, "samples": plan.evaluate.accuracy.samples, **judged, "untrained": before}
         run.log.write(record)
         run.log.say(
             f"  accuracy of {record['source']}: [bold]{judged['accuracy']:.1%}[/bold] of {record['samples']} samples "
-            f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {untrained or 0:.1%})"
+            f"(judge on real images {judged['judge_on_real']:.1%}, shuffled captions {judged['shuffled_captions']:.1%}, untrained model {before or 0:.1%})"
         )
     with leg.still():
         probed = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(stage)), leg.precision, plan.seed)
@@ -58,6 +55,9 @@ def finish_leg(leg: Leg) -> Checkpoint:
     run.log.write({**stage_event(leg), "state": "end", "seconds": round(leg.seconds_before + time.monotonic() - leg.began, 3), "encoded": encoded})
     if said := [f"{made:,} {what} encoded, {kept:,} found" for what, (kept, made) in encoded.items() if kept or made]:
         run.log.say(f"  cache so far in this launch: {'; '.join(said)}")
+    if leg.index + 1 == len(plan.stages):
+        say_time_taken(run)
+    run.log.now("saving, and writing the report")
     save_leg(leg, finished=True, probed=probed)
     if run.accelerator.is_main_process:
         write_report(run.folder)
@@ -76,6 +76,8 @@ def _log_memory(leg: Leg) -> None:
     """Log the most memory that the stage took until now in this launch, and what it was estimated at: a process on the CPU may keep much of what was freed besides."""
     run, device = leg.run, leg.run.accelerator.device
     peak = peak_bytes(device)
+    if peak is not None:
+        peak = max(peak, leg.most_bytes)
     parameters = sum(parameter.numel() for parameter in leg.model.parameters())
     if not run.accelerator.is_main_process or peak is None:
         return

@@ -12,7 +12,7 @@ import numpy as np
 from mixing.adaptive import Decision, Following, Rule, Seen, follow
 from mixing.mixture import StageMixture
 from mixing.selected import Selection
-from stages.evaluate import Measured
+from stages.measured import Measured
 from stages.plan import MixAdaptive, Plan, Stage
 from stages.problems import PlanError
 

@@ -10,7 +10,7 @@ from mixing.selected import Selection
 from stages.checkpoint import Checkpoint
 from stages.plan import MixAdaptive, Plan, Stage
 from stages.reader import PlanError, resolved
-from stages.resolved import still_mixes
+from stages.resolved import num_held_out, still_mixes
 
 _WITHOUT_EFFECT = ("checkpointing", "offload")  # on what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it
 _BY_SIZE = ("repeat", "rows")  # what a mix by size heeds of a source, and shares by name do not
@@ -33,7 +33,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         "adapter": whole.get("adapter"),
         **({"adapters": whole["adapters"]} if plan.adapters else {}),
         "start": whole.get("start"),
-        "evaluate.rows": plan.evaluate.rows,
+        "evaluate.rows": num_held_out(plan),
         **({"evaluate.every": plan.evaluate.every} if isinstance(stage.mix, MixAdaptive) else {}),
         "stage": own,
         "sources": sources,

@@ -74,15 +74,15 @@ def load_back(folder: Path, family: Family, fresh: nn.Module, expert: str | None
         family.stock_pipeline(fresh, encoders=False, expert=expert).load_lora_weights(folder, weight_name=name)
 
 
-def loading_lines(family: Family, experts: tuple[str | None, ...]) -> list[str]:
-    """The lines of Python that put a published adapter on a pipeline."""
+def loading_lines(family: Family, experts: tuple[str | None, ...], place: str) -> list[str]:
+    """The lines of Python that put a published adapter on a pipeline. place: the folder or the repository of the Hub that it lies in."""
     if not family.architecture.loads_adapters:
-        return ["from peft import PeftModel", 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
+        return ["from peft import PeftModel", f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {json.dumps(place)})']
     lines = []
     for expert in experts:
         name = file_of(family, expert)
         into = ", load_into_transformer_2=True" if name == SECOND_FILE else ""
-        lines.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{name}"{into})')
+        lines.append(f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{name}"{into})')
     return lines
 
 

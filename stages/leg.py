@@ -1,14 +1,13 @@
-"""A leg: one stage under way. Its model, optimizer and counts, and the duties around the loop in train.py: follow, log, evaluate."""
+"""A leg: one stage under way. Its model, optimizer and counts, and the duties around the loop in train.py: count, follow, evaluate."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object, reduce
@@ -22,24 +21,25 @@ from mixing.buckets import Size
 from mixing.keys import key
 from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
-from stages.compiled import counted, uncompiled
+from stages.compiled import uncompiled
 from stages.dropout import Drawing
 from stages.encode import kept_latents
 from stages.engine import Training
-from stages.evaluate import Measured, evaluate
+from stages.evaluate import evaluate
+from stages.evaluations import rows_file
 from stages.feed import stage_mixture
 from stages.follower import Follower, changes_every
-from stages.memory import EncoderRest, Released
+from stages.measured import Measured
+from stages.memory import EncoderRest, Released, held_bytes, restart_peak
 from stages.objective import Drawn, Objective
 from stages.objectives.parts import Part
-from stages.optim import Average, found_step_size, rate_at
+from stages.optim import Average, rate_at
 from stages.plan import LearningRate, Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
 from stages.resolved import resolved_rate
 from stages.run import Run
-from stages.sent import sent
 from stages.shown import Shown, show
 from stages.window import MOST_PARTS, CountedPart, Window
 
@@ -110,6 +110,10 @@ class Leg:
     """Position, micro-batch, source and key of the images of the step under way."""
     held_before: int = 0
     """Bytes that the process held before the stage's model was loaded, as `stages.memory.held_bytes`."""
+    most_bytes: int = 0
+    """On a GPU, the most that tensors took until `memory_bytes` was last asked."""
+    evaluation_seconds: float | None = None
+    """What the last evaluation in this launch took."""
     passed_limit: bool = False
     """Whether it was said that no more of the blocks' shapes are compiled."""
     named_rows: set[tuple[str, str]] = field(default_factory=set)
@@ -263,7 +267,7 @@ class Leg:
             )
         self.step += 1
         self.window.steps += 1
-        self.run.log.advance()
+        self.run.log.stepped()
         if self.run.tracing:
             rows = gather_object(self.rows) if self.run.accelerator.num_processes > 1 else self.rows
             if self.run.trace:
@@ -277,61 +281,15 @@ class Leg:
             counts = {"bytes_before": released.bytes_before, "bytes_after": released.bytes_after}
             self.run.log.write({"event": "memory", "stage": self.stage.name, "step": self.step, "kind": "released", "parts": released.parts, **counts})
 
-    def log_step(self, learning_rate: float, norm: Tensor) -> None:
-        """One line in metrics.jsonl and on the console, from all processes' counts. Raises TrainingError if the loss is no number."""
-        run, names = self.run, list(self.mixture.asked)
-        device = run.accelerator.device
-        sums = self.window.sum_up(names, device)
-        counts = torch.tensor([self.window.tokens, *(self.window.images.get(name, 0) for name in names), *(self.images.get(name, 0) for name in names)], dtype=torch.float64)
-        flat = torch.cat([sums, sent(counts, device)])
-        flat = reduce(flat, reduction="sum") if run.accelerator.num_processes > 1 else flat
-        errors, by_noise, (total, tokens), in_window, in_all = _cut(flat.tolist(), len(names), 20, 2, len(names), len(names))
-        numbers = list(zip(errors, in_window, in_all, strict=True))
-        images = sum(row[1] for row in numbers)
-        if not math.isfinite(total):
-            raise TrainingError(f"stage '{self.stage.name}': the loss is {total} since a step at or before {self.step}; the last checkpoint stands. Lower the rate, or choose another precision")
-        seconds = time.monotonic() - self.window.began
-        record: dict[str, Any] = {
-            "event": "step",
-            "stage": self.stage.name,
-            "step": self.step,
-            "loss": total / images,
-            "lr": learning_rate,
-            "grad_norm": length if math.isfinite(length := float(norm)) else None,
-            "images": images / self.window.steps,
-            "tokens": tokens / self.window.steps,
-            "images_per_second": images / seconds,
-            "tokens_per_second": tokens / seconds,
-            "data_wait": self.window.waited / seconds,
-            "multiplied_in": self.multiplied,
-            "loss_by_noise": [error / count if count else None for error, count in zip(by_noise[:10], by_noise[10:], strict=True)],
-            "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
-            "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
-        }
-        if self.stage.precision == "fp16":
-            record |= {"loss_scale": self.precision.scaler.get_scale(), "skipped": self.skipped}
-        if (step_size := found_step_size(self.training.optimizer)) is not None:
-            record["step_size"] = step_size
-        if device.type == "cuda":
-            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        run.log.write(record)
-        tracked = {name: record[name] for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "skipped", "step_size") if record.get(name) is not None}
-        run.log.track({**tracked, "stage": self.index + 1, **{f"loss/{name}": loss for name, loss in record["losses"].items()}}, run.steps_before(self.index) + self.step)
-        left = (self.stage.steps - self.step) * seconds / self.window.steps
-        run.log.say(
-            f"[bold]{self.stage.name}[/bold] {self.step:>{len(str(self.stage.steps))}}/{self.stage.steps}  loss {record['loss']:.4f}  lr {learning_rate:.2e}  "
-            + (f"step size {step_size:.2e}  " if step_size is not None else "")
-            + (f"skipped {self.skipped}  " if self.skipped else "")
-            + f"{record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
-        )
-        self.warn_of_cache()
-        if self.stage.compile and not self.passed_limit and (found := counted()).passed_limit:
-            self.passed_limit = True
-            run.log.warn(f"after {found.graphs} compiled graphs no more are made: shapes that none of them fits run uncompiled; ask for fewer resolutions or aspects, or leave `compile` out", self.stage.name, self.step)
-        for message in self.lanes.take_waits():
-            run.log.write({"event": "warning", "stage": self.stage.name, "step": self.step, "message": message})
-        self.window = Window(time.monotonic())
-        self.check_rows()
+    def memory_bytes(self) -> int:
+        """On a GPU the most that tensors have taken since this was last asked; on the CPU what the process holds."""
+        device = self.run.accelerator.device
+        if device.type != "cuda":
+            return held_bytes(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        self.most_bytes = max(self.most_bytes, peak)
+        restart_peak(device)
+        return peak
 
     def warn_of_cache(self) -> None:
         """Name what went wrong with the cache; none of it stops a run."""
@@ -388,6 +346,7 @@ class Leg:
         """Measure the held-out rows and log them. kind: start, during or end."""
         began = time.monotonic()
         run = self.run
+        run.log.now("measuring held-out rows")
         with self.averaged() as weights:
             measured = evaluate(
                 run.family,
@@ -400,11 +359,13 @@ class Leg:
                 unreadable=self.note_bad,
                 windows=self.objective.windows,
                 t_range=run.t_range(self.stage),
+                rows=run.rows,
                 in_step=run.engine.shared_out(self.model),
             )
         summary = measured.summary(self.base, self.start)
+        if run.accelerator.is_main_process:
+            measured.save(rows_file(run.folder, self.index, self.stage.name, None if kind == "start" else self.step))
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
-        run.log.track({f"held_out/{name}": entry["loss"] for name, entry in summary.items()}, run.steps_before(self.index) + self.step)
         if kind != "start" and summary:
             table = Table(box=None, header_style="dim")
             table.add_column("held-out loss")
@@ -415,7 +376,8 @@ class Leg:
                 table.add_row(name, f"{entry['loss']:.4f}", *changes)
             run.log.show(table)
         self.note_released(self.rest.aside())
-        self.window.began += time.monotonic() - began  # it is no time of training
+        self.evaluation_seconds = time.monotonic() - began
+        self.window.began += self.evaluation_seconds  # it is no time of training
         return measured
 
     def encoded(self) -> dict[str, tuple[int, int]]:
@@ -425,12 +387,3 @@ class Leg:
         hits, misses = self.run.cache.hits, self.run.cache.misses
         counts = self.summed([hits["latents"], misses["latents"], hits["text"], misses["text"]])
         return {"images": (counts[0], counts[1]), "prompts": (counts[2], counts[3])}
-
-
-def _cut(values: Sequence[float], *lengths: int) -> list[list[float]]:
-    """Numbers in pieces of these lengths."""
-    pieces, begin = [], 0
-    for length in lengths:
-        pieces.append(list(values[begin : begin + length]))
-        begin += length
-    return pieces

@@ -16,12 +16,13 @@ from stages.compiled import compile_blocks
 from stages.dropout import add_dropout
 from stages.encode import kept_latents
 from stages.engine import Training
-from stages.evaluate import Measured
+from stages.evaluations import rows_file
 from stages.explain import byte_words
 from stages.feed import stage_mixture
 from stages.follower import changes_every, changes_of, open_follower
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError
+from stages.measured import Measured
 from stages.memory import EncoderRest, let_go, restart_peak
 from stages.objective import Objective
 from stages.offload import off_device_bytes
@@ -37,12 +38,14 @@ from stages.run import Run
 from stages.sampling import JudgeError
 from stages.sharing import numbers, shared_like
 from stages.stage_event import stage_event
+from stages.untrained import say_size, untrained
 from stages.window import Window
 
 
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     """Build a stage from what the last one handed on, or from its own newest checkpoint. Raises PlanError where plan, data and model do not fit."""
     device, place = run.accelerator.device, f"stages[{index}]"
+    run.log.now(f"building stage '{stage.name}'")
     checkpoint, held = run.checkpoints[index], let_go(run.accelerator.device)
     try:
         followed = checkpoint.state["adaptive"] if checkpoint else None
@@ -61,11 +64,12 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     except ValueError as error:
         raise PlanError.at(place, str(error)) from None
     try:
-        began = time.monotonic()
-        base, base_outputs, _ = run.base(stage)
+        base = untrained(run, stage)
         if not checkpoint and (run.shapes(stage), quantised(stage)) not in {(run.shapes(earlier), quantised(earlier)) for earlier in run.plan.stages[:index]}:
-            seconds = round(time.monotonic() - began, 3)
-            run.log.write({"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": seconds, "sources": base.summary(None, None)})
+            record = {"event": "eval", "stage": "", "step": 0, "kind": "base", "weights": "raw", "seconds": round(base.seconds, 3)}
+            run.log.write({**record, "sources": base.measured.summary(None, None)})
+            if base.quality is not None:
+                run.log.write({"event": "quality", "stage": "", "step": 0, "sources": base.quality.summary(None, None)})
         handed = _handed_on(run, index, stage, checkpoint)
         baton = handed.baton
         model, whole = build_model(run.family, run.plan, stage, place, baton, run.engine.loads_on)
@@ -128,14 +132,17 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         seconds_before=float(checkpoint.state["seconds"]) if checkpoint else 0.0,
         began=time.monotonic(),
         window=Window(time.monotonic()),
-        base=base,
+        base=base.measured,
         start=None,
     )
-    started = run.folder / "evaluations" / f"{index + 1}-{stage.name}-start.json"
     if checkpoint:
-        leg.start = Measured.load(started)
+        leg.start = Measured.load(rows_file(run.folder, index, stage.name, None))
+        if leg.start is None and follower is not None:
+            raise PlanError.at(place, f"its shares follow evaluations that are gone, or that a former version made at other noise levels; delete {run.stage_folder(index)} to train that stage anew")
     else:
         show_stage(leg)
+        if index == 0 and run.size is not None:
+            say_size(run, run.size)
         if every:
             run.log.say(f"  activations of {recomputation_words(every)} are computed again for the gradient")
         if attentions:
@@ -150,12 +157,10 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
             run.log.write({**record, "way": "shrink", "errors": dict(handed.errors), "error": say_errors(leg, handed.errors)})
         if run.last:
             run.log.write({"event": "memory", "stage": stage.name, "step": 0, "kind": "between", "bytes": held})
-            measure_handoff(leg, kept, base_outputs, handed)
+            measure_handoff(leg, kept, base.outputs, handed)
         leg.start = leg.evaluate("start")
-        if run.accelerator.is_main_process:
-            leg.start.save(started)
     leg.window = Window(time.monotonic())
-    run.log.start_bar(stage.name, leg.step, stage.steps)
+    run.log.begin_stage(index, leg.step, run.sizes.multiple)
     return leg
 
 
@@ -225,7 +230,7 @@ def _carried(leg: Leg) -> str:
     }[leg.stage.handoff.adapter]
 
 
-def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], handed: HandedOn) -> None:
+def measure_handoff(leg: Leg, kept: list[str], base_outputs: Mapping[str, Tensor], handed: HandedOn) -> None:
     """Compare the new stage's model with what the last one gave on fixed inputs. Raises TrainingError if it must be the same and is not."""
     run, last = leg.run, leg.run.last
     assert last is not None
@@ -236,7 +241,7 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: dict[str, Tensor], 
     with leg.still():
         outputs = probe(run.family, leg.model, probe_batches(run.selections, run.shapes(before), probed_names(old)), leg.precision, run.plan.seed)
     alike = run.shapes(before) == run.shapes(leg.stage) and quantised(before) == quantised(leg.stage)
-    base = base_outputs if alike else run.base(before)[1]  # what was learnt is counted from the base that it was learnt over
+    base = base_outputs if alike else untrained(run, before).outputs  # what was learnt is counted from the base that it was learnt over
     delta = deltas(outputs, old, base)
     record = {"event": "handoff", "from": before.name, "to": leg.stage.name, "kept": kept, "delta": delta, "exact": cause is None, "cause": cause, "changes": stage_changes(before, leg.stage)}
     if leg.stage.handoff.adapter != "continue":

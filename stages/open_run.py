@@ -23,12 +23,16 @@ from mixing.mixture import TooManyBadRows
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages
 from stages.attention import check_attention
-from stages.checkpoint import Checkpoint, newest_checkpoint, write_whole
+from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, write_whole
 from stages.engine import Engine, Whole
+from stages.evaluation_size import Size
 from stages.families.open import fingerprint, open_family
 from stages.feed import budget_of
 from stages.finish import is_published
 from stages.going_on import compare_names, compare_stage, recorded, stage_folder
+from stages.heard import Heard
+from stages.hub.run import Hub, fetch_if_new
+from stages.hub.start import start_place
 from stages.launched import Launched, launched
 from stages.open_engine import open_engine
 from stages.open_sources import index_folder, open_selections
@@ -45,16 +49,20 @@ from stages.track import Log, Trace
 
 
 @contextmanager
-def open_run(plan: Plan, folder: Path, *, trace: bool) -> Iterator[Run]:
-    """Open the sources and the run folder, find what is done, and hand out the run. Raises PlanError where plan, data and folder do not fit."""
-    with launched(os.environ) as told, closing(Stop()) as stop:
-        accelerator = start_accelerator(None if plan.track == "none" else plan.track)
-        processes = Processes(accelerator, stop)
-        with processes.ending_together():
-            yield from _open_run(plan, folder, told, accelerator, processes, stop, trace=trace)
+def open_run(plan: Plan, folder: Path, *, trace: bool, heard: Heard | None = None) -> Iterator[Run]:
+    """Open the sources and the run folder, find what is done, and hand out the run. heard: what the libraries beneath remark.
+
+    Raises PlanError where plan, data and folder do not fit.
+    """
+    with launched(os.environ) as told:
+        accelerator = start_accelerator()  # before signals are noted: one that waits for another to meet it has nothing to save, and is to end at once
+        with closing(Stop()) as stop:
+            processes = Processes(accelerator, stop)
+            with processes.ending_together():
+                yield from _open_run(plan, folder, told, accelerator, processes, stop, heard, trace=trace)
 
 
-def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator, processes: Processes, stop: Stop, *, trace: bool) -> Iterator[Run]:
+def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator, processes: Processes, stop: Stop, heard: Heard | None, *, trace: bool) -> Iterator[Run]:
     engine = open_engine(told, accelerator)
     processes.wait()  # whoever ends now, the others have met it
     engine.refuse(plan)
@@ -88,6 +96,10 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
                 raise PlanError.at(f"sources.{name}", message)
         checkpoints: list[Checkpoint | None] = []
         said: list[str] = []
+        if plan.publish is not None and plan.publish.checkpoints:
+            if accelerator.is_main_process:
+                fetch_if_new(plan.publish.repo, folder, console.print)
+            processes.wait()
         for index, stage in enumerate(plan.stages):
             checkpoints.append(found := newest_checkpoint(stage_folder(folder, index, stage.name), said.append))
             if found:
@@ -96,14 +108,16 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
         newest = next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint), None)
         # What a killed run wrote after its newest checkpoint is cut off, for it will be done again; a run that was published is done.
         last = checkpoints[-1]
-        keep_bytes = sys.maxsize if last and is_published(folder, last) else newest.state["metrics_bytes"] if newest else 0
-        log = Log(folder, accelerator, console, keep_bytes)
+        is_done = last is not None and is_published(folder, last)
+        keep_bytes = sys.maxsize if is_done else newest.state["metrics_bytes"] if newest else 0
+        log = Log(folder, accelerator, console, keep_bytes, plan, heard)
         written = Trace(folder, newest.state["trace_bytes"] if newest else 0) if trace and accelerator.is_main_process else None
         run = Run(plan, folder, accelerator, processes, engine, selections, checkpoints, log, trace, written, stop, model)
+        run.size = None if run.measures_all else Size.load(folder)
         for message in said:
             run.log.warn(message, "", 0)
         try:
-            run.baton = read_start(plan, model) if plan.start else run.baton
+            run.baton = read_start(plan, model, start_place(plan.start, folder, processes)) if plan.start else run.baton
         except ValueError as error:
             raise PlanError.at("", str(error)) from None
         if run.baton.adapter is not None and plan.stages[0].train == "full":
@@ -111,14 +125,30 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
         if accelerator.is_main_process:
             write_whole(folder / "plan.yaml", to_yaml(plan))
             write_whole(folder / "environment.json", json.dumps(environment(accelerator), indent=1))
-        run.log.start_tracker(plan.name, folder.name, {"plan": to_yaml(plan)})
+            if newest and not is_done:
+                # What follows a checkpoint, where a launch was killed between the two. Of a stage that goes on the next checkpoint does it.
+                for index, checkpoint in enumerate(checkpoints):
+                    if checkpoint and checkpoint.state["finished"]:
+                        keep_newest(run.stage_folder(index), 1, checkpoint.step)
+                write_whole(folder / "ledger.json", json.dumps(run.ledger(newest.state["ledger"]), indent=1))
         say_hello(run, newest)
+        if not is_done:
+            run.log.start_trackers()
+        if plan.publish is not None and accelerator.is_main_process:
+            run.hub = Hub(folder, plan.publish, run.log)
         processes.wait()
+        run.log.start_view()
         try:
             yield run
+            if run.hub is not None:
+                run.hub.drain(stop)
+            if plan.publish is not None:
+                processes.wait()
         except (TooManyBadRows, TooFewImages, SourceError) as error:
             raise RowsError.at("", str(error)) from None
         finally:
+            if run.hub is not None:
+                run.hub.close()
             if run.cache:
                 run.cache.close()
             processes.close()
@@ -198,6 +228,8 @@ def say_hello(run: Run, newest: Checkpoint | None) -> None:
                 "event": "run",
                 "name": run.plan.name,
                 "seed": run.plan.seed,
+                "fingerprint": run.fingerprint,
+                "rows": {name: selection.source.fingerprint for name, selection in run.selections.items()},
                 "model": run.plan.model if isinstance(run.plan.model, str) else run.plan.model.repo,
                 "device": _device_name(run.accelerator),
                 "processes": processes,

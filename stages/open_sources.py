@@ -14,6 +14,7 @@ from mixing.stream import open_stream
 from mixing.where import BUILT_IN, WhereError, parse
 from stages.plan import Plan, Source
 from stages.problems import PlanError
+from stages.resolved import num_held_out
 
 
 def index_folder(plan: Plan) -> Path | None:
@@ -53,7 +54,7 @@ def _selection(name: str, source: Source, path: str, plan: Plan, root: Path) -> 
     choice = Choice(source.where, repeat=source.repeat)
     if take is not None:
         choice = Choice(source.where, take.count, take.fraction, take.by, take.column, take.seed, source.repeat)
-    return select(opened, choice, plan.evaluate.rows, captions=_captions(source), augmentation=_augmentation(source), folder=None if index is None else index / "rows")
+    return select(opened, choice, num_held_out(plan), captions=_captions(source), augmentation=_augmentation(source), folder=None if index is None else index / "rows")
 
 
 def _stream(name: str, source: Source, plan: Plan, root: Path) -> Selection:
@@ -69,7 +70,7 @@ def _stream(name: str, source: Source, plan: Plan, root: Path) -> Selection:
         root=root,
         seed=plan.seed,
         lanes=source.lanes,
-        held_out=plan.evaluate.rows,
+        held_out=num_held_out(plan),
     )
     return select_stream(opened, source.rows, repeat=source.repeat, captions=_captions(source), augmentation=_augmentation(source))
 

@@ -96,7 +96,7 @@ def _handed_on(placed: Mapping[str, Placed], handoff: Handoff, plan: Plan, *, is
     fresh = _of_rank(plan, handoff.rank or plan.adapter.rank, handoff.alpha)
     if way == "merge":
         return {DEFAULT: Placed(fresh, turn=last.turn + 1)}
-    return {**{each: replace(below, frozen=True) for each, below in placed.items()}, f"stack{len(placed) + 1}": Placed(fresh, turn=last.turn)}
+    return {**{each: below if below.frozen else replace(below, frozen=True) for each, below in placed.items()}, f"stack{len(placed) + 1}": Placed(fresh, turn=last.turn)}
 
 
 def total_rank(placed: Mapping[str, Placed]) -> int:

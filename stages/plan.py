@@ -17,7 +17,9 @@ Task = Literal["text_to_image", "subject", "control", "edit", "other", "entity"]
 Role = Literal["target", "reference", "prompt", "entity_prompts", "entity_masks"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 Storage = Literal["fp32", "bf16", "nf4", "int8", "fp8"]
+TrackerName = Literal["trackio", "tensorboard", "wandb"]
 Quantised = Literal["nf4", "int8", "fp8"]
+MetricName = Literal["clip_score", "dino_similarity"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
@@ -137,7 +139,7 @@ class Source(_Word):
 
     prior: Prior | None = None
     """In the place of `path`: images that the model makes itself, once, and which are kept. Give it a share of the mix and a factor in `loss.sources`."""
-    path: str = ""
+    path: Annotated[str, Field(max_length=4096)] = ""
     """A folder of images with .txt captions, or with metadata.jsonl or metadata.csv; a .jsonl, .json (a list of objects) or .csv file; one or
     more .parquet or .arrow files or .tar shards of the webdataset layout (`data/*.parquet`, `data-{000..063}.tar`); a folder that `datasets`
     saved (`save_to_disk`); or `hub/USER/DATASET`."""
@@ -499,19 +501,37 @@ class Accuracy(_Word):
     """How many samples."""
 
 
-class Evaluate(_Word):
-    """What is measured at the start and the end of every stage, and in between."""
+class MetricModel(_Word):
+    """What a metric looks at images with."""
 
-    rows: CountOrZero = 64
-    """Rows held out of each source, never trained on, chosen by a hash of their names; at most a tenth of a source."""
+    model: str
+    """A Hub id, or a folder as `save_pretrained` writes it, relative to where the command is typed; weights in safetensors. For `clip_score` a CLIP, for `dino_similarity` a DINOv2."""
+
+
+class Evaluate(_Word):
+    """What is measured before the first stage, at the start and the end of every stage, and in between."""
+
+    rows: Annotated[Literal["auto"] | CountOrZero, Field(union_mode="left_to_right")] = "auto"
+    """Rows of each source that are held out and never trained on, chosen by a hash of their names; at most a tenth of a source. All of them are measured.
+    `auto` holds out up to 64, and measures so many of them that all evaluations together take at most `time`: a multiple of 8, at least 8, chosen once from
+    measured times, kept in the run folder and said. All 64 where shares follow what is measured."""
+    time: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.03
+    """Of `rows: auto`: which part of the time of training evaluations may take. Samples (`accuracy`, `metrics`, previews) are not counted."""
     every: Count | None = None
     """Also every so many steps."""
     accuracy: Accuracy | None = None
     """Judge samples with a classifier at the end of every stage that has the last stage's resolution."""
+    metrics: Annotated[list[MetricName] | dict[MetricName, MetricModel], Field(union_mode="left_to_right")] = Field(default_factory=list)
+    """Judge samples of held-out rows at the end of every stage, and of the untrained model, source by source. `clip_score`: how well a sample fits its caption,
+    100 times the cosine of CLIP's two embeddings, 0 where it is negative (Hessel et al. 2021, arXiv:2104.08718, without its factor 2.5). `dino_similarity`: how like a sample is to
+    its target, or with task subject to its first reference, the cosine of DINOv2's embeddings (as Ruiz et al. 2023, arXiv:2208.12242). A list of names, or each
+    with its {model}; left out, openai/clip-vit-large-patch14 and facebook/dinov2-small. Beside each stand what real images get, and what samples get with another row's caption or image."""
+    samples: Count = 16
+    """Of `metrics`: how many held-out rows of each source are sampled."""
 
 
 class Previews(_Word):
-    """Samples at fixed seeds, from held-out rows, at the end of every stage."""
+    """Samples at fixed seeds, from held-out rows, before any training and at the end of every stage."""
 
     rows: CountOrZero = 4
     """Rows of each source; 0 makes none."""
@@ -535,6 +555,32 @@ class Cache(_Word):
     """Whether embeddings of prompts are kept."""
 
 
+class Publish(_Word):
+    """Where what was trained goes on the Hub. It is sent in the background and never holds up or ends a run; the token is that of HF_TOKEN or of `hf auth login`,
+    and is written nowhere. docs/hub.md says more."""
+
+    repo: Annotated[str, Field(max_length=96)]
+    """The repository, user/name; it is made if there is none. Where two runs publish to one, the later one's files stand in it."""
+    when: Literal["stage", "end"] = "end"
+    """`end`: after the last stage. `stage`: after each stage, a commit each, which then is proved as the last one is and takes as long."""
+    private: bool = True
+    """How the repository is made. One that is there keeps its visibility."""
+    checkpoints: bool = False
+    """Whether each checkpoint is sent too, with all that resuming needs, to the branch `checkpoints`, in the place of the one before. The same command with an
+    empty run folder then goes on from there, on whatever machine."""
+
+
+class Tracker(_Word):
+    """A tracker, with more than its name. One curve goes on over all stages and restarts of a run."""
+
+    name: TrackerName
+    """Which one."""
+    project: Name | None = None
+    """Under which name runs stand together there. Left out: the plan's name. TensorBoard has folders instead."""
+    online: bool = False
+    """`wandb`: whether everything is sent to its server as it comes, under the login of `wandb login`. Nothing is sent otherwise."""
+
+
 class Plan(_Word):
     """A plan: one model, its sources, and the stages that it goes through."""
 
@@ -548,12 +594,13 @@ class Plan(_Word):
     """The LoRA."""
     adapters: Annotated[dict[Name, Adapter], Field(max_length=16)] = Field(default_factory=dict)
     """In its place several, by name (without a dot), all active at once; a stage's `train` says which learn. They are published as one, and each alone."""
-    sources: Annotated[dict[Name, Source], Field(min_length=1)]
-    """The sources by name."""
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=1000)]
-    """The stages, in order."""
+    sources: Annotated[dict[Name, Source], Field(min_length=1, max_length=500)]
+    """The sources by name; at most 500."""
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=200)]
+    """The stages, in order; at most 200."""
     start: str | None = None
-    """Begin from another run's folder (its last finished stage), one of its stages' folders, or a published adapter, in the place of a new adapter."""
+    """Begin from another run's folder (its last finished stage), one of its stages' folders, a published adapter, or one on the Hub (`hub:user/name`,
+    `hub:user/name@revision`), in the place of a new adapter."""
     evaluate: Evaluate = Evaluate()
     """Held-out evaluation."""
     previews: Previews = Previews()
@@ -571,8 +618,18 @@ class Plan(_Word):
     memory is known in the first minutes. Left out: on a GPU."""
     workers: Annotated[int, Field(strict=True, ge=0, le=64)] = 2
     """Processes that read and decode images, for each training process. What is drawn does not depend on it."""
-    track: Literal["trackio", "none"] = "trackio"
-    """Where curves go: trackio (a local SQLite file) or nowhere."""
+    publish: Publish | None = None
+    """Where what was trained goes on the Hub; left out, nowhere."""
+    track: Annotated[Literal["none"] | TrackerName | Tracker | Annotated[list[TrackerName | Tracker], Field(min_length=1, max_length=3)], Field(union_mode="left_to_right")] = "trackio"
+    """Where curves, tables and previews go, on this machine: `trackio` (a SQLite file, `trackio show`), `tensorboard` (in the run folder), `wandb` (in the run folder,
+    `wandb sync` sends it), or several in a list; `none` for nowhere. metrics.jsonl and report.html have them in any case."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: its sources and stages as tables."""
+        from stages.as_html import to_html
+        from stages.plan_tables import plan_tables
+
+        return to_html(plan_tables(self))
 
 
 Stage.model_rebuild()

@@ -147,7 +147,10 @@ _WHERE = {
     "Cache": "cache",
     "Evaluate": "evaluate",
     "Accuracy": "evaluate: accuracy",
+    "MetricModel": "evaluate: metrics",
     "Previews": "previews",
+    "Tracker": "track",
+    "Publish": "publish",
 }
 """Types in the order of their sections to the sections' headings."""
 

@@ -37,13 +37,13 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_accelerator(track: str | None) -> Accelerator:
+def start_accelerator() -> Accelerator:
     """The launch's Accelerator, on the device of `choose_device`.
 
-    track: the tracker's name, or None. Raises LaunchError if the launcher started another number of processes than take part.
+    Raises LaunchError if the launcher started another number of processes than take part.
     """
     on_cpu = choose_device().type == "cpu"
-    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=track, kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE)])
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE)])
     # `accelerate launch --cpu --num_processes 2` starts one, and leaves only an address for the two to meet at (accelerate 1.15).
     lost = on_cpu and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     started = int(os.environ.get("WORLD_SIZE", "1"))

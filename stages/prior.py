@@ -24,7 +24,7 @@ from stages.families.open import fingerprint
 from stages.plan import Plan, Prior, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.resolved import main_resolution, quantised, still_mixes
+from stages.resolved import main_resolution, num_held_out, quantised, still_mixes
 from stages.sampler import Sampler, sample
 from stages.shown import Shown
 from stages.storage import Stored, load_stored
@@ -133,7 +133,7 @@ def planned(plan: Plan, name: str) -> Selection:
     """A prior source whose images are not made yet, as far as --explain asks."""
     prior, side = plan.sources[name].prior, side_of(plan, name)
     assert prior is not None
-    held_out = min(plan.evaluate.rows, prior.count // 10)
+    held_out = min(num_held_out(plan), prior.count // 10)
     none = np.empty(0, dtype=np.int32)
     source = Source(name, "text_to_image", none.astype(np.uint8), np.empty((0, 2), dtype=np.uint32), (), "", NoRows())
     return Selection(source, {class_of((side, side), []): range(prior.count - held_out)}, none, repeat=plan.sources[name].repeat)

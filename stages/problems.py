@@ -6,10 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 Location = tuple[str | int, ...]
 """Where a value stands in a plan: ("stages", 1, "mix", "edit")."""
 
+MOST_TOLD = 500
+"""Problems of one kind that are looked for; what comes after them says nothing new, and takes time."""
 _MOST_PRINTED = 50
 
 
@@ -79,8 +82,8 @@ def quoted(text: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'X'?` for the name most like this one, or nothing where none is like it."""
-    allowed = {each.lower(): each for each in names}
+    """`; did you mean 'X'?` for the name most like this one, or nothing where none is like it. Of many names the first hundred are compared."""
+    allowed = {each.lower(): each for each in islice(names, 100)}
     close = difflib.get_close_matches(name.lower()[:100], list(allowed), n=1)
     return f"; did you mean '{allowed[close[0]]}'?" if close else ""
 

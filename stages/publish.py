@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from stages.adapter import lora_layers, of_adapter
 from stages.checkpoint import sync
 from stages.families.family import Family
 from stages.handoff import probe, same_outputs
-from stages.layouts import load_back, loading_lines, write_adapter, write_layouts
+from stages.layouts import load_back, write_adapter, write_layouts
 from stages.pairs import joined
-from stages.placed import newest, placed_adapters, scale_of, total_rank
-from stages.plan import Adapter, Model, Plan, Quantised
+from stages.placed import placed_adapters, scale_of, total_rank
+from stages.plan import Adapter, Plan, Quantised
 from stages.precision import DTYPES, StagePrecision
 from stages.problems import RunError
-from stages.resolved import quantised, resolved_storage
 from stages.storage import quantise
 
+NONE: Mapping[str, Path] = MappingProxyType({})
 _OUTPUTS = 1e-5  # of the largest output, over a base in fp32
 _ROUNDED = 0.5  # of the outputs' norm, over a base in bf16: they cannot tell a weak adapter from rounding, the pairs can; but another model they tell
 _PAIRS = {"fp32": 1e-5, "bf16": 2e-2}  # of a pair's product; a pipeline in bf16 rounds the pairs too
@@ -66,10 +65,12 @@ def publish_adapter(
     notes: Mapping[str, str],
     card: str,
     sheet: Path,
+    images: Mapping[str, Path] = NONE,
 ) -> float:
     """Write adapter/ and prove it: load it into fresh transformers as the family's users do, and compare the outputs on `batches`.
 
-    trained: one entry for each transformer that learnt. notes: strings of the files' headers. sheet: a picture for the card, if it exists. Returns the largest
+    trained: one entry for each transformer that learnt. notes: strings of the files' headers. sheet: a picture for the card, if it exists. images: further
+    ones, by the names that they have beside it. Returns the largest
     difference of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -77,6 +78,9 @@ def publish_adapter(
     partial.mkdir(parents=True)
     if sheet.exists():
         shutil.copyfile(sheet, partial / "previews.png")
+    for name, image in images.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(image, partial / name)
     worst, said = 0.0, []
     for each in trained:
         fresh = family.load_transformer(DTYPES[each.storage], each.base, each.expert, device=family.device if each.blocks is None else torch.device("cpu"))
@@ -101,7 +105,7 @@ def publish_adapter(
             )
         worst = max(worst, difference)
     (partial / "README.md").write_text("\n".join([card, "## ComfyUI", "", *said, ""]), encoding="utf-8")
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         sync(path)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -154,53 +158,3 @@ def _largest_change(loaded: nn.Module, weights: Mapping[str, Tensor], scale: flo
             worst = max(worst, changed) if math.isfinite(changed) else float("inf")
     return worst
 
-
-def model_card(plan: Plan, family: Family, table: str, ledger: Mapping[str, Any], versions: Mapping[str, str], base_note: str | None, experts: tuple[str | None, ...] = (None,)) -> str:
-    """The adapter's README.md: how to load it, what it saw, how well it does, and with what it was made."""
-    repo = plan.model.repo if isinstance(plan.model, Model) else plan.model
-    placed = placed_adapters(plan, len(plan.stages) - 1)
-    settings = newest(placed).settings
-    saw = ["| stage | source | asked | drawn | images | epochs |", "|---|---|---:|---:|---:|---:|"]
-    for stage in ledger["stages"]:
-        for name, entry in stage["sources"].items():
-            epochs = f"{entry['epochs']:.2f}" if "epochs" in entry else "a stream"
-            saw.append(f"| {stage['stage']} | {name} | {entry['asked']:.1%} | {entry['drawn']:.1%} | {entry['images']:,} | {epochs} |")
-    trained = [stage for stage in plan.stages if stage.train != "full"]
-    stored = ", then ".join(dict.fromkeys(resolved_storage(stage) for stage in trained))
-    over = f" While it was trained the base was stored in {stored}; over another its outputs are a little other than those that training saw." if any(map(quantised, trained)) else ""
-    base = base_note or f'pipe = {family.pipeline_class}.from_pretrained({json.dumps(repo)}, torch_dtype=torch.bfloat16)'
-    return "\n".join(
-        [
-            "---",
-            "library_name: diffusers",
-            f"base_model: {json.dumps(repo)}",
-            "tags: [lora, medley]",
-            "---",
-            f"# {plan.name}",
-            "",
-            f"A {'DoRA' if settings.variant == 'dora' else 'LoRA'} of rank {total_rank(placed)} for {repo}, trained by Medley in {len(plan.stages)} stages: {', '.join(stage.name for stage in plan.stages)}.{over}",
-            "",
-            "```python",
-            "import torch",
-            f"from diffusers import {family.pipeline_class}",
-            "",
-            base,
-            *loading_lines(family, experts),
-            "```",
-            "",
-            "## What it saw",
-            "",
-            *saw,
-            "",
-            "## Held-out loss",
-            "",
-            table,
-            "",
-            "## Made with",
-            "",
-            ", ".join(f"{name} {version}" for name, version in versions.items()),
-            "",
-            "The resolved plan and the ledger are in the file's metadata (`medley.plan`, `medley.ledger`).",
-            "",
-        ]
-    )

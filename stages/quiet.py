@@ -5,14 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import Literal
+
+from stages.heard import Heard
 
 
-def quiet_libraries() -> None:
-    """To be called before they are imported. What a user has set in the environment stands."""
+def listen_to_libraries() -> Heard:
+    """Catch what they remark, so that each text is shown once. To be called before they are imported; what comes back is to be closed."""
+    heard = Heard(int(os.environ.get("RANK", "0")))
+    quiet_libraries("warning")
+    heard.take_over()
+    return heard
+
+
+def quiet_libraries(verbosity: Literal["error", "warning"] = "error") -> None:
+    """To be called before they are imported. What a user has set in the environment stands. verbosity: what they log."""
     for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": verbosity,
+        "DIFFUSERS_VERBOSITY": verbosity,
+        "DATASETS_VERBOSITY": verbosity,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it writes to the terminal past Python, on every process
+        "WANDB_ERROR_REPORTING": "false",  # it would tell its makers of errors
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -24,6 +37,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # No transformer of diffusers writes into what a block gives: all ten families learn sharded what they learn whole (tests/test_fsdp.py).
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    # Whether a file is read Medley says itself, by the file's name; Pillow 12.3 remarks upon damaged EXIF and large sizes without one.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
-from stages.document import MOST_BYTES, Entry, Node, parse
+from stages.document import MOST_BYTES, MOST_VALUES, Entry, Node, parse
 from stages.plan import Plan
-from stages.problems import Location, PlanError, Problem, written
+from stages.problems import MOST_TOLD, Location, PlanError, Problem, written
 from stages.settings import apply_setting
 from stages.shape import Rules
 from stages.unheeded import unheeded
@@ -24,6 +26,7 @@ from stages.yaml_text import to_text
 
 __all__ = ["PlanError", "Problem", "ReadPlan", "read_plan", "resolved", "to_yaml"]
 
+_LARGER = 20  # times what a person may write: of a plan that holds nothing else, 200 stages come to 12,000 values
 _EMPTY = "the plan is empty; the shortest one stands at the top of docs/plan.md"
 
 
@@ -36,6 +39,10 @@ class ReadPlan:
     """The place of every value that is given: ("stages", 1, "mix", "edit") to `plans/x.yaml:18:16` or `--set stages.refine.steps=50`."""
     names: Mapping[Location, str]
     """The place of the name of every field that is given."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the plan."""
+        return self.plan._repr_html_()
 
     def place(self, *location: str | int) -> str:
         """The place of a value, or if it is not given, of the nearest one around it."""
@@ -51,12 +58,14 @@ class ReadPlan:
         return places[location]
 
 
-def read_plan(path: Path, settings: Sequence[str] = ()) -> ReadPlan:
+def read_plan(path: Path, settings: Sequence[str] = (), *, written_out: bool = False) -> ReadPlan:
     """Read a plan from a file. Defaults are filled in; a plan without a name gets the file's.
 
-    settings: changes as `--set` takes them, PATH=VALUE, carried out in their order. Raises PlanError with every problem found.
+    settings: changes as `--set` takes them, PATH=VALUE, carried out in their order. written_out: whether Medley wrote the file, with every default, so that it may be
+    larger than what a person writes. Raises PlanError with every problem found, up to 500.
     """
-    root, problems = parse(_text(path), lambda line, column: f"{path}:{line + 1}:{column + 1}")
+    larger = _LARGER if written_out else 1
+    root, problems = parse(_text(path, MOST_BYTES * larger), lambda line, column: f"{path}:{line + 1}:{column + 1}", MOST_VALUES * larger)
     if root is None or root.value is None:
         raise PlanError(problems or [Problem(f"{path}:1:1", "", _EMPTY)])
     if not isinstance(root.value, Mapping):
@@ -67,7 +76,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> ReadPlan:
             root = apply_setting(root, setting)
         except PlanError as error:
             problems += error.problems
-    problems += Rules(Plan.model_json_schema()).problems(root)
+    problems += islice(_rules().problems(root), MOST_TOLD)
     if problems:
         raise PlanError(problems)
     assert isinstance(root.value, Mapping)
@@ -105,17 +114,23 @@ def to_yaml(plan: Plan) -> str:
     return to_text(resolved(plan))
 
 
-def _text(path: Path) -> str:
+@cache
+def _rules() -> Rules:
+    """The plan language's; pydantic takes longer to make them than most plans take to be read."""
+    return Rules(Plan.model_json_schema())
+
+
+def _text(path: Path, most_bytes: int) -> str:
     """The file's text. Raises PlanError if there is none to be had."""
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(most_bytes + 1)
     except OSError as error:
         raise PlanError.at(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:  # a zero character in the path
         raise PlanError.at(repr(str(path)), f"cannot be read: {error}") from error
-    if len(content) > MOST_BYTES:
-        raise PlanError.at(str(path), f"the file is larger than {MOST_BYTES // 2**20} MiB; a plan is YAML text, written by hand")
+    if len(content) > most_bytes:
+        raise PlanError.at(str(path), f"the file is larger than {most_bytes // 2**10:,} KiB; a plan is YAML text, written by hand")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

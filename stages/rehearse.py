@@ -112,7 +112,7 @@ def rehearse(read: ReadPlan, folder: Path, console: Console) -> Rehearsal:
         small, more = miniature(plan, tiny, sources, folder)
         file = folder / "plan.yaml"
         file.write_text(f"# {plan.name} in miniature, written by --rehearse\n{to_yaml(small)}", encoding="utf-8")
-        again = read_plan(file)
+        again = read_plan(file, written_out=True)
         if problems := check_plan(again, root):
             raise PlanError(Problem(problem.place, problem.where, f"{problem.message} (in the plan's miniature)") for problem in problems)
         small = resolved_plan(again.plan)
@@ -322,6 +322,8 @@ def show(rehearsal: Rehearsal, plan: Plan, facts: ModelFacts | None, console: Co
         console.print(Text(f"rehearsal failed: {', '.join(rehearsal.failed)}", "bold red"), soft_wrap=True)
     else:
         console.print(Text("rehearsal passed", "bold green"))
+    if (report := rehearsal.launched.straight / "report.html").exists():
+        console.print(Text(f"the report of the miniature, as the run will write one: {report}"), soft_wrap=True)
 
 
 def _list(console: Console, heading: str, lines: list[str]) -> None:

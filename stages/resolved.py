@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from stages.objectives.windows import Windows
 from stages.placed import newest, placed_adapters
-from stages.plan import Batch, Change, LearningRate, Level, MixAdaptive, MixRamp, Plan, Quantised, Ramped, Stage, StillMix, Storage, Timesteps
+from stages.plan import Batch, Change, LearningRate, Level, MetricName, MixAdaptive, MixRamp, Plan, Quantised, Ramped, Stage, StillMix, Storage, Timesteps, Tracker
+
+HELD_OUT = 64
+METRIC_MODELS: Mapping[MetricName, str] = MappingProxyType({"clip_score": "openai/clip-vit-large-patch14", "dino_similarity": "facebook/dinov2-small"})
 
 
 def still_mixes(stage: Stage) -> tuple[StillMix, ...]:
@@ -106,6 +111,22 @@ def in_bytes(size: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2))
 
 
+def num_held_out(plan: Plan) -> int:
+    """How many rows of each source are held out, where it has ten times as many."""
+    return HELD_OUT if plan.evaluate.rows == "auto" else plan.evaluate.rows
+
+
+def measures_all(plan: Plan) -> bool:
+    """Whether every held-out row is measured at each evaluation, rather than as many as the time allows. Where shares follow evaluations they are: what is drawn must not depend on a clock."""
+    return plan.evaluate.rows != "auto" or any(isinstance(stage.mix, MixAdaptive) for stage in plan.stages)
+
+
+def metric_models(plan: Plan) -> dict[MetricName, str]:
+    """The metrics that the plan asks for, and the model that each looks with."""
+    asked = plan.evaluate.metrics
+    return {name: asked[name].model for name in asked} if isinstance(asked, dict) else {name: METRIC_MODELS[name] for name in asked}
+
+
 def resolved_rate(stage: Stage) -> LearningRate:
     """The stage's learning rate with `warmup` filled in, min(100, 5 % of the steps, rounded down), and `floor` where the schedule has one, 0."""
     rate = stage.lr if isinstance(stage.lr, LearningRate) else LearningRate(peak=stage.lr)
@@ -142,7 +163,7 @@ def resolved_plan(plan: Plan) -> Plan:
         stage.model_copy(update={"batch": resolved_batch(stage), "lr": resolved_rate(stage), "base": resolved_storage(stage)})
         for stage in plan.stages
     ]
-    adapter = plan.adapter if plan.adapters else plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
+    adapter = plan.adapter if plan.adapters or all(stage.train == "full" for stage in stages) else plan.adapter.model_copy(update={"alpha": plan.adapter.alpha or float(plan.adapter.rank)})
     adapters = {name: settings.model_copy(update={"alpha": settings.alpha or float(settings.rank)}) for name, settings in plan.adapters.items()}
     for index, stage in enumerate(stages):
         if stage.handoff.adapter != "continue" and not adapters:
@@ -150,3 +171,9 @@ def resolved_plan(plan: Plan) -> Plan:
             handoff = stage.handoff.model_copy(update={"rank": settings.rank, "alpha": settings.alpha})
             stages[index] = stage.model_copy(update={"handoff": handoff})
     return plan.model_copy(update={"stages": stages, "adapter": adapter, "adapters": adapters})
+
+
+def trackers_of(plan: Plan) -> list[Tracker]:
+    """The trackers that a plan asks for."""
+    asked = plan.track if isinstance(plan.track, list) else [] if plan.track == "none" else [plan.track]
+    return [tracker if isinstance(tracker, Tracker) else Tracker(name=tracker) for tracker in asked]

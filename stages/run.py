@@ -12,33 +12,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 
 from mixing.buckets import Shapes
 from mixing.keys import key
 from mixing.selected import Selection
 from stages.cache import Cache
-from stages.checkpoint import Checkpoint, write_whole
+from stages.checkpoint import Checkpoint
 from stages.digests import FileDigests, file_digest
 from stages.engine import Engine
-from stages.evaluate import Measured, evaluate
+from stages.evaluation_size import Size
 from stages.families.facts import tasks_of
 from stages.families.family import Family
 from stages.families.open import open_family
 from stages.feed import Sizes, main_shapes
 from stages.going_on import recorded, stage_folder
-from stages.handoff import Baton, other_experts, probe, probe_batches, probed_names, read_baton
+from stages.handoff import Baton, other_experts, read_baton
+from stages.hub.run import Hub
 from stages.ledger import dropped_rows
+from stages.metrics import Metric, open_metrics
 from stages.open_cache import open_cache
-from stages.plan import Plan, Stage
+from stages.plan import MetricName, Plan, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
 from stages.processes import Processes
-from stages.resolved import main_resolution, quantised, windows_of
+from stages.quality import Quality, quality
+from stages.resolved import main_resolution, measures_all, metric_models, quantised, windows_of
 from stages.sampler import Sampler
-from stages.sampling import Judge, accuracy, fit_judge
+from stages.sampling import Judge, Preview, accuracy, fit_judge, previews
 from stages.stop import Stop
-from stages.storage import load_stored, stored
 from stages.track import Log, Trace
 
 VERSIONS = ("torch", "accelerate", "diffusers", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "safetensors")
@@ -70,6 +71,12 @@ class Run:
     """The last checkpoint of the stage before this one."""
     cache: Cache | None = None
     """What is encoded once and kept, once the family is open."""
+    hub: Hub | None = None
+    """The way to the Hub, on the main process, if the plan publishes."""
+    dry_seconds: dict[int, float] = field(default_factory=dict)
+    """What training takes for a token on one process, of the stages that a dry step was made of in this launch."""
+    size: Size | None = None
+    """How many held-out rows are measured, where that follows from the time it takes, and once it is chosen."""
 
     @cached_property
     def family(self) -> Family:
@@ -104,6 +111,26 @@ class Run:
         """The classifier that the plan asks for."""
         asked = self.plan.evaluate.accuracy
         return fit_judge(Path(asked.labelled), main_resolution(self.plan.stages[-1])) if asked else None
+
+    @cached_property
+    def metrics(self) -> dict[MetricName, Metric]:
+        """What looks at samples, opened when first asked for. Raises PlanError where a model cannot be opened."""
+        return open_metrics(self.plan, Path.cwd())
+
+    @property
+    def how_sampled(self) -> dict[str, Any]:
+        """What decides about the samples that `metrics` looks at, and about what it sees."""
+        return {"models": metric_models(self.plan), "samples": self.plan.evaluate.samples, "steps": self.plan.previews.steps, "guidance": self.plan.previews.guidance}
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether every held-out row is measured, or there is none to choose from."""
+        return measures_all(self.plan) or not any(len(selection.held_out) for selection in self.selections.values())
+
+    @property
+    def rows(self) -> int | None:
+        """How many held-out rows of each source an evaluation measures; None for all of them."""
+        return None if self.size is None else self.size.rows
 
     def finished(self, index: int) -> Checkpoint | None:
         """The last checkpoint of a stage that is finished, else None."""
@@ -147,55 +174,28 @@ class Run:
         """What decides a stage's result."""
         return recorded(self.plan, stage, self.fingerprint, self.selections)
 
-    def base(self, stage: Stage) -> tuple[Measured, dict[str, torch.Tensor], float | None]:
-        """What the model does before any training, at a stage's resolution: held-out losses, outputs on fixed inputs, and the judge's verdict.
+    def base_name(self, stage: Stage) -> str:
+        """What the model before any training, as a stage measures it, is called in file names."""
+        return f"base-{named(self.shapes(stage))}{_way(stage)}"
 
-        Over a quantised base it is another function, and measured for itself, so that what is counted since the base is what was learnt. Kept in evaluations/, and measured anew where a source has come since.
-        """
-        shapes = self.shapes(stage)
-        folder, name = self.folder / "evaluations", f"base-{named(shapes)}{_way(stage)}"
-        batches = probe_batches(self.selections, shapes)
-        known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
-        if not (known and self._covers(Measured.load(folder / f"{name}.json")) and batches.keys() <= probed_names(known)):
-            precision = StagePrecision(stage.precision, self.accelerator.device)
-            loaded = load_stored(self.family, stored(stage), None, stage.expert, self.engine.loads_on)
-            self.processes.wait()  # a machine may have had to fetch it first
-            transformer = self.engine.place(loaded)
-            measured = evaluate(
-                self.family,
-                transformer,
-                self.selections,
-                shapes=shapes,
-                precision=precision,
-                seed=self.plan.seed,
-                accelerator=self.accelerator,
-                unreadable=lambda row: None,  # the stage's first evaluation reads the same rows and names them
-                windows=windows_of(stage),
-                t_range=self.t_range(stage),
-                in_step=self.engine.shared_out(transformer),
-            )
-            outputs = known | probe(self.family, transformer, batches, precision, self.plan.seed)
-            untrained = None
-            if self._is_judged(stage):
-                untrained = self.judged(transformer, stage, self.sampler(stage, precision, {}))
-            self.engine.release(transformer)
-            if self.accelerator.is_main_process:
-                measured.save(folder / f"{name}.json")
-                write_whole(folder / f"{name}-accuracy.json", json.dumps(untrained))
-                save_file(outputs, folder / f".{name}.partial")
-                (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
-            self.processes.wait()
-        judged = json.loads((folder / f"{name}-accuracy.json").read_text(encoding="utf-8"))
-        return Measured.load(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors"), judged["accuracy"] if judged else None
-
-    def _covers(self, measured: Measured) -> bool:
-        """Whether an evaluation has seen every source that has held-out rows."""
-        return {name for name, selection in self.selections.items() if len(selection.held_out)} <= measured.losses.keys()
+    def previews(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> list[Preview]:
+        """Samples of a stage's transformer for the first held-out rows of each source, as the plan asks."""
+        return previews(
+            self.family,
+            transformer,
+            self.selections,
+            rows=self.plan.previews.rows,
+            shapes=self.shapes(stage),
+            sampler=sampler,
+            seed=self.plan.seed,
+            accelerator=self.accelerator,
+            in_step=self.engine.shared_out(transformer),
+        )
 
     def judged(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> dict[str, float] | None:
         """The judge's verdict on samples of a transformer, if the plan asks for one and this stage has its resolution."""
         asked = self.plan.evaluate.accuracy
-        if not asked or not self.judge or not self._is_judged(stage):
+        if not asked or not self.judge or not self.is_judged(stage):
             return None
         return accuracy(
             self.family,
@@ -209,11 +209,29 @@ class Run:
             in_step=self.engine.shared_out(transformer),
         )
 
+    def quality(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> Quality | None:
+        """What the plan's metrics say of samples of a transformer; None if it asks for none."""
+        if not self.metrics:
+            return None
+        return quality(
+            self.family,
+            transformer,
+            self.selections,
+            self.metrics,
+            self.how_sampled,
+            samples=self.plan.evaluate.samples,
+            shapes=self.shapes(stage),
+            sampler=sampler,
+            seed=self.plan.seed,
+            accelerator=self.accelerator,
+            in_step=self.engine.shared_out(transformer),
+        )
+
     def t_range(self, stage: Stage) -> tuple[float, float]:
         """The noise levels that a stage's transformer is for."""
         return (0.0, 1.0) if stage.expert is None else self.family.expert_range(stage.expert)
 
-    def _is_judged(self, stage: Stage) -> bool:
+    def is_judged(self, stage: Stage) -> bool:
         """Whether samples of a stage are judged: where it has the resolution that the judge knows."""
         return self.judge is not None and self.judge.resolution == main_resolution(stage)
 

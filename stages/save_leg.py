@@ -44,6 +44,10 @@ def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | No
         place = step_folder(folder, leg.step)
         entry = ledger_entry(leg.mixture, stage.name, leg.step, images, tokens, levels, {name: len(rows) for name, rows in leg.bad.items()})
         run.log.write({"event": "save", "stage": stage.name, "step": leg.step, "folder": str(place.relative_to(run.folder))})
+        if finished:
+            counted_of = ("asked", "drawn", "images", "tokens", "epochs", "unique_rows")
+            sources = {name: {field: page[field] for field in counted_of if field in page} for name, page in entry["sources"].items()}
+            run.log.write({"event": "ledger", "stage": stage.name, "step": leg.step, "images": entry["images"], "sources": sources})
         drawn: dict[str, dict[str, int]] = {}
         for (source, signature), count in {**run.drawn_before(), **leg.mixture.order.drawn_after(leg.step)}.items():
             drawn.setdefault(source, {})[signature] = count
@@ -75,6 +79,8 @@ def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | No
         write_checkpoint(folder, leg.step, tensors, state)
         keep_newest(folder, 1 if finished else run.plan.keep, leg.step)
         write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
+        if run.hub is not None:
+            run.hub.put_checkpoint()
     run.processes.wait()
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from stages.document import Entry, Node, parse
+from stages.document import DEEPEST, Entry, Node, parse
 from stages.problems import Location, PlanError, Problem, listed, nearest, quoted, written
 
 BARE: Mapping[str, str] = MappingProxyType({"lr": "peak", "batch": "images", "model": "repo"})
@@ -24,6 +24,8 @@ def apply_setting(root: Node, setting: str) -> Node:
     steps = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
     if not equals or not all(steps):
         raise PlanError.at(flag, "a setting is written PATH=VALUE, such as stages.refine.steps=50")
+    if len(steps) > DEEPEST:
+        raise PlanError.at(f"--set {path[:40]}...", f"the path has {len(steps):,} parts; at most {DEEPEST} are read")
     value, problems = parse(text, lambda line, column: flag)
     if problems:
         raise PlanError(problems)

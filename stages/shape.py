@@ -81,6 +81,8 @@ class Rules:
         pattern = next(iter(way.get("patternProperties", {})), None)
         if len(found) < way.get("minProperties", 0):
             yield Problem(begins, written(location), "is empty; name at least one")
+        if len(found) > (most := way.get("maxProperties", math.inf)):
+            yield Problem(begins, written(location), f"{len(found):,} names are given; at most {most}")
         for name, entry in found.items():
             if hint := _missing_space(name, entry):
                 yield Problem(entry.place, written(location), f"{quoted(name)} has no value{hint}")
@@ -172,9 +174,11 @@ def _wrong_word(value: str, node: Node, way: Schema, ways: list[Schema]) -> str 
         return None
     if _choices(way):
         return _wrong_kind(node, ways)
-    pattern = way.get("pattern")
-    if pattern is not None and (not re.fullmatch(pattern, value) or len(value) > way.get("maxLength", math.inf)):
+    pattern, most = way.get("pattern"), way.get("maxLength", math.inf)
+    if pattern is not None and (not re.fullmatch(pattern, value) or len(value) > most):
         return f"{node.shown} is not {_in_words(way)}"
+    if len(value) > most:
+        return f"{node.shown} has {len(value):,} characters; at most {most:,}"
     return None
 
 

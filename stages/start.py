@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,13 +24,13 @@ from stages.plan import Adapter, Plan
 _PREFIXES = ("base_model.model.", "transformer.")
 
 
-def read_start(plan: Plan, fingerprint: str) -> Baton:
+def read_start(plan: Plan, fingerprint: str, place: Path | None = None) -> Baton:
     """What `start:` names: a run's folder (its last finished stage), one stage's folder, or a published adapter (its folder or file).
 
-    The pairs are given at the plan's own scale. Raises ValueError if there is none of these, if it was trained on another model, or if its adapter has
+    place: where that lies on this machine, if it is not what the plan says. The pairs are given at the plan's own scale. Raises ValueError if there is none of these, if it was trained on another model, or if its adapter has
     another rank or variant, unless the first stage's handoff changes the rank.
     """
-    place = Path(plan.start or "")
+    place = place or Path(plan.start or "")
     files = [place / ADAPTER_FILE, place / WEIGHTS_FILE] if place.is_dir() else [place]
     for file in files:
         if file.is_file() and file.suffix == ".safetensors":
@@ -86,8 +86,12 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
     Their strength is what stands beside them says: `.alpha` tensors; alphas in the metadata, as diffusers writes them, or in peft's
     adapter_config.json; or nothing, then it is that of the product, as diffusers takes it. Medley's own files hold the scale in B and say alpha = rank.
     """
-    with safe_open(file, framework="pt") as header:
-        notes = header.metadata() or {}
+    try:
+        with safe_open(file, framework="pt") as header:
+            notes = header.metadata() or {}
+        given = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"start: {file} is no safetensors file ({error})") from None
     if notes.get("medley.model", fingerprint) != fingerprint:
         raise ValueError(f"start: {file} was trained on another model than the plan's")
     wanted = placed_adapters(plan, -1)
@@ -95,7 +99,7 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
         raise ValueError(f"start: {file} brings one adapter without a name, and the plan names its adapters ({', '.join(wanted)}); begin from a run's folder, or give the plan one `adapter`")
     weights: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    for name, value in load_file(file).items():
+    for name, value in given.items():
         own = _plain(name)
         if own.endswith(".alpha"):
             alphas[own.removesuffix(".alpha")] = float(value)

@@ -1,9 +1,7 @@
-"""Tracking: what a run says, in metrics.jsonl, on the console and to a tracker."""
+"""Tracking: what a run says, in metrics.jsonl, on the console and to trackers."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import time
@@ -13,75 +11,135 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
+
+from mixing.order import Order
+from stages.heard import Heard, Remark
+from stages.live import View, plain_line
+from stages.plan import Plan
+from stages.points import Stages, point, points
+from stages.processes import Processes
+from stages.reader import to_yaml
+from stages.resolved import trackers_of
+from stages.time_left import Pace
+from stages.trackers.trackers import Trackers
+
+_MOST_REMARKS, _REMARK = 20, 160  # of the libraries beneath, that are shown, and how many characters of each
 
 
 class Log:
-    """The run's record. On processes other than the main one every method does nothing."""
+    """The run's record. On processes other than the main one every method does nothing, but for what they have to do together."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, console: Console, keep_bytes: int) -> None:
-        """keep_bytes: how much of an existing metrics.jsonl stands; what a killed run wrote after its last checkpoint is cut off."""
+    def __init__(self, folder: Path, accelerator: Accelerator, console: Console, keep_bytes: int, plan: Plan, heard: Heard | None) -> None:
+        """keep_bytes: how much of an existing metrics.jsonl stands; what a killed run wrote after its last checkpoint is cut off. heard: what the libraries beneath remark."""
         self.main = accelerator.is_main_process
-        self.console, self._accelerator, self._tracking = console, accelerator, False
+        self.console, self._accelerator, self._folder, self._plan, self._heard = console, accelerator, folder, plan, heard
         self.path = folder / "metrics.jsonl"
-        self._bar: Progress | None = None
+        self._stages = Stages({stage.name: stage.steps for stage in plan.stages})
+        self._trackers = Trackers(lambda message: self.warn(message, *self._place))
+        self._view: View | None = None
+        self._place = ("", 0)
+        self._multiple = 1
+        self._remarks = 0
         if self.main:
             cut(self.path, keep_bytes)
             self._file = self.path.open("a", encoding="utf-8")
+        if heard:
+            heard.tell(self._remark if self.main else None)
 
-    def start_tracker(self, name: str, run: str, settings: Mapping[str, Any]) -> None:
-        """Begin, or go on with, one curve for the whole run."""
-        if self._accelerator.log_with:
-            options = {"trackio": {"name": run, "resume": "allow", "auto_log_cpu": False, "auto_log_gpu": False}}
-            with contextlib.redirect_stdout(io.StringIO()):  # it speaks of uploading, and nothing is uploaded
-                self._accelerator.init_trackers(name, config=dict(settings), init_kwargs=options)
-            self._tracking = True
+    @property
+    def _in_terminal(self) -> bool:
+        """Whether somebody can watch; with FORCE_COLOR rich takes a file for a terminal."""
+        return self.console.is_interactive and self.console.file.isatty()
+
+    def start_trackers(self) -> None:
+        """Begin, or go on with, one curve for the whole run, in each tracker that the plan asks for."""
+        if self.main:
+            plan = self._plan
+            self._trackers.open(trackers_of(plan), self._folder, plan.name, plan.model_dump(mode="json"), to_yaml(plan), lambda: points(self.path, self._stages))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl. record: has "event"; the time is added."""
-        if self.main:
-            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-            self._file.flush()
-
-    def track(self, values: Mapping[str, float], step: int) -> None:
-        """Send numbers to the tracker. step: counted over all stages."""
-        if self._tracking:
-            self._accelerator.log(dict(values), step=step)
+        """Add one line to metrics.jsonl, and to the trackers what it brings to the curves. record: has "event"; the time is added."""
+        if not self.main:
+            return
+        self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+        if "stage" in record:
+            self._place = record["stage"], record.get("step", 0)
+        if found := point(record, self._stages):
+            self._trackers.add(found)
+        if self._view and record["event"] == "eval":
+            self._view.measured(record["sources"])
 
     def say(self, message: str) -> None:
-        """Print a line, in rich's markup."""
+        """Print a line, in rich's markup. In a terminal it is broken between words, unless it holds a longer one, such as a path to copy; in a file it stays one."""
         if self.main:
-            self.console.print(message, highlight=False, soft_wrap=True)
+            is_broken = self._in_terminal and all(len(word) < self.console.width for word in message.split())
+            self.console.print(message, highlight=False, soft_wrap=not is_broken)
 
     def show(self, table: Table) -> None:
         """Print a table."""
         if self.main:
             self.console.print(table)
 
-    def start_bar(self, name: str, done: int, steps: int) -> None:
-        """Show a progress bar with the time left, where the console is a terminal."""
-        if self.main and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task(name, completed=done, total=steps)
-            self._bar.start()
+    def start_view(self) -> None:
+        """Show what goes on at the foot of the terminal, where there is one."""
+        if self.main and self._in_terminal:
+            self._view = View(self.console, self._plan)
 
-    def advance(self) -> None:
-        """Move the bar on by a step."""
-        if self._bar:
-            self._bar.advance(self._bar.task_ids[0])
+    def now(self, words: str) -> None:
+        """Say in the view what is done until the next step."""
+        if self._view:
+            self._view.now(words)
 
-    def end_bar(self) -> None:
-        """Take the bar away."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+    def begin_stage(self, index: int, step: int, multiple: int) -> None:
+        """A stage begins, or goes on after so many steps. multiple: pixels along a token's side."""
+        self._multiple = multiple
+        if self._view:
+            self._view.begin(index, step, multiple)
+
+    def stepped(self) -> None:
+        """A step was made."""
+        if self._view:
+            self._view.stepped()
+
+    def line(self, record: Mapping[str, Any], pace: Pace, order: Order) -> None:
+        """Show what was logged of the steps, an event "step": in the view, or as a line where there is none."""
+        if self._view:
+            self._view.line(record, pace, order.asked(record["step"]))
+        elif self.main:
+            self.say(plain_line(self._plan, record, pace, self._multiple))
 
     def warn(self, message: str, stage: str, step: int) -> None:
         """Print a warning and record it."""
         self.say(f"[yellow]warning:[/yellow] {message}")
         self.write({"event": "warning", "stage": stage, "step": step, "message": message})
+
+    def hear(self, processes: Processes) -> None:
+        """Take in what the libraries beneath have remarked in data workers and on other processes; every process takes part."""
+        if self._heard is None:
+            return
+        self._heard.drain()
+        for remarks in processes.gathered([] if self.main else self._heard.take())[1:]:
+            if self.main:
+                self._heard.take_in(remarks)
+
+    def _remark(self, remark: Remark) -> None:
+        """Print and record what a library remarks: of the first lines, of warnings only the first so many; errors always."""
+        stage, step = self._place
+        record = {"event": "library_warning", "stage": stage, "step": step, "library": remark.library, "message": remark.text, "is_error": remark.is_error}
+        self.write({**record, "heard_by": remark.heard_by or "the main process"})
+        self._remarks += not remark.is_error
+        if remark.is_error:
+            self.say(f"[red]{escape(remark.library)}:[/red] {escape(remark.text)}")
+        elif self._remarks <= _MOST_REMARKS:
+            by = f" ({remark.heard_by})" if remark.heard_by else ""
+            shown = " ".join(remark.text.split())
+            text = shown if len(shown) <= _REMARK else f"{shown[: _REMARK - 1]}…"
+            self.say(f"[dim]{escape(remark.library)}{by}: {escape(text)}[/dim]")
+        elif self._remarks == _MOST_REMARKS + 1:
+            self.say("[dim]what libraries remark from here on stands in metrics.jsonl[/dim]")
 
     def size(self) -> int:
         """Bytes of metrics.jsonl so far, all of them on the disk."""
@@ -92,16 +150,15 @@ class Log:
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file, end the tracker's run and the process group, and take the bar away."""
-        self.end_bar()
+        """Take the view away, end the trackers' runs and the process group, and close the file."""
+        if self._view:
+            self._view.close()
         if self.main:
+            self._trackers.close()
+            if self._heard:
+                self._heard.tell(None)
             self._file.close()
-        with contextlib.redirect_stdout(io.StringIO()):
-            if self.main and self._tracking:
-                import trackio
-
-                trackio.finish()  # its own exit hook would finish the run, and print, a second time (0.43)
-            self._accelerator.end_training()
+        self._accelerator.end_training()
 
 
 class Trace:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from mixing.columns import TASKS
 from stages.plan import LearningRate, Plan, Source, Stage
 from stages.problems import Location
-from stages.resolved import resolved_storage, still_mixes
+from stages.resolved import measures_all, resolved_rate, resolved_storage, still_mixes
 
 
 def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
@@ -39,9 +39,15 @@ def unheeded(plan: Plan) -> Iterator[tuple[Location, str]]:
         if index == 0 and plan.start is not None:
             for field in ("optimizer", "ema") if stage.ema is not None else ("optimizer",):
                 yield ("stages", index, "handoff", field), "`start` brings weights and nothing else; remove it"
+    if measures_all(plan):
+        why = "rows is a number, and all of them are measured" if plan.evaluate.rows != "auto" else "shares follow what is measured, so all held-out rows are"
+        yield ("evaluate", "time"), f"{why}, whatever time it takes; remove it"
+    if not plan.evaluate.metrics:
+        yield ("evaluate", "samples"), "only `metrics` looks at these samples; remove it, or name metrics"
     if plan.evaluate.rows == 0:
         yield ("evaluate", "every"), "with evaluate.rows: 0 nothing is held out to measure; remove it, or hold rows out"
         yield ("evaluate", "accuracy"), "with evaluate.rows: 0 there are no held-out captions; remove it, or hold rows out"
+        yield ("evaluate", "metrics"), "with evaluate.rows: 0 there are no held-out rows to sample; remove it, or hold rows out"
         if plan.previews.rows > 0:
             yield ("previews",), "with evaluate.rows: 0 there are no held-out rows to show; remove it, or hold rows out"
 
@@ -106,8 +112,9 @@ def _of_stage(stage: Stage, *, is_first: bool, several: bool) -> Iterator[tuple[
     if isinstance(stage.lr, LearningRate):
         if stage.lr.schedule == "constant":
             yield ("lr", "floor"), "schedule: constant ends at its peak; remove it, or choose linear or cosine"
-        if stage.lr.warmup == 0:
-            yield ("lr", "warmup_from"), "with warmup: 0 there is no warm-up to begin from; remove it"
+        if resolved_rate(stage).warmup == 0:
+            why = "with warmup: 0" if stage.lr.warmup == 0 else "in a stage of fewer than 20 steps, without `warmup`,"
+            yield ("lr", "warmup_from"), f"{why} there is no warm-up to begin from; remove it" + ("" if stage.lr.warmup == 0 else ", or give warmup")
 
 
 def _of_way(stage: Stage, *, several: bool) -> Iterator[tuple[Location, str]]:

@@ -43,7 +43,7 @@ def _item(item: object, indent: str) -> Iterator[str]:
         yield f"{indent}- {first.lstrip()}"
         yield from rest
     else:
-        yield f"{indent}- {_flow(item)}"
+        yield f"{indent}- {in_flow(item)}"
 
 
 def _in_one_line(value: object) -> str | None:
@@ -54,14 +54,15 @@ def _in_one_line(value: object) -> str | None:
         inner = list(value)
     else:
         return None
-    return None if any(isinstance(each, Mapping) and each for each in inner) else _flow(value)
+    return None if any(isinstance(each, Mapping) and each for each in inner) else in_flow(value)
 
 
-def _flow(value: object) -> str:
+def in_flow(value: object) -> str:
+    """The YAML text of a value in one line, however long."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_scalar(name)}: {_flow(inner)}" for name, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{_scalar(name)}: {in_flow(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(_flow(item) for item in value)}]"
+        return f"[{', '.join(in_flow(item) for item in value)}]"
     return _scalar(value)
 
 

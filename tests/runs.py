@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -174,8 +174,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None = None, record: Path | None = None, output: Path | None = None, timeout: int = 120, told: Mapping[str, str] = NOTHING) -> list[int]:
-    """Run train.py in forked processes; return their exit codes, -9 for one that was killed. kill_at: after so many events of the main one, all die.
+def started(arguments: Sequence[str], *, processes: int = 1, output: Path | None = None, timeout: int = 120, told: Mapping[str, str] = NOTHING, before: Callable[[int], None] | None = None) -> list[int]:
+    """Start train.py in forked processes; gives their numbers, by rank. before: called in each of them, with its rank, before train.py begins.
 
     told: variables that a launcher sets beside, for the engine.
     """
@@ -195,8 +195,8 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 if processes > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                     torch.set_num_threads(1)  # as a launcher sets it; two threads each on two cores take twice as long
-                if rank == 0 and (kill_at is not None or record):
-                    _count_events(kill_at, record)
+                if before:
+                    before(rank)
                 train.FIRST_SPEAKS = 0.0  # the others are waited for here, for their exit codes
                 code = train.main(arguments)
             except SystemExit as left:
@@ -208,6 +208,17 @@ def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None 
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
+    return children
+
+
+def launch(arguments: Sequence[str], *, processes: int = 1, kill_at: int | None = None, record: Path | None = None, output: Path | None = None, timeout: int = 120, told: Mapping[str, str] = NOTHING) -> list[int]:
+    """Run train.py in forked processes; return their exit codes, -9 for one that was killed. kill_at: after so many events of the main one, all die. told: as in `started`."""
+
+    def counting(rank: int) -> None:
+        if rank == 0 and (kill_at is not None or record):
+            _count_events(kill_at, record)
+
+    children = started(arguments, processes=processes, output=output, timeout=timeout, told=told, before=counting)
     codes = []
     for rank, child in enumerate(children):
         _, status = os.waitpid(child, 0)

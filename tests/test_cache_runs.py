@@ -235,7 +235,7 @@ def test_with_everything_kept_a_run_loads_no_encoder_and_misses_nothing(world: P
     assert done.result == first.result == uncached(2, 1).result
     assert len(events(done.folder, "handoff")) == len(events(done.folder, "publish")) == 1
     shown = carried_out("shown", {**plan, "previews": {"rows": 1, "steps": 2}})
-    assert shown.loaded == ("AutoencoderKL",) * 2, "once for each stage's previews: its steps do without"
+    assert shown.loaded == ("AutoencoderKL",) * 3, "once for the previews of the base, and once for each stage's: its steps do without"
     assert not shown.misses.total()
 
 

@@ -19,7 +19,7 @@ from models import tiny_flux
 from runs import carry_out, events, make_data, plan_of, write_plan
 from stages.dropout import add_dropout
 from stages.estimate import Counted, Estimate, encoder_bytes, estimate, estimate_words, latent_channels
-from stages.explain import explain_run
+from stages.explain import explain_run, show
 from stages.families.family import Family
 from stages.families.open import open_family
 from stages.families.tiny import flux, flux2, lumina2, omnigen, pixart, qwen_image, sana, sd3, wan, z_image
@@ -194,7 +194,7 @@ def test_explain_says_what_a_step_takes_on_a_cpu_and_on_a_gpu_and_a_run_measures
     stage = {"name": "only", "steps": 2, "resolution": 8, "batch": {"images": 8, "micro": 4}, "lr": 0.01, "precision": "bf16"}
     plan = plan_of(tmp_path, stages=[stage], previews={"rows": 0})
     console = Console(file=io.StringIO(), width=100)
-    explain_run(read_plan(write_plan(tmp_path / "plan.yaml", plan)).plan, console)
+    show(explain_run(read_plan(write_plan(tmp_path / "plan.yaml", plan)).plan), console)
     assert isinstance(console.file, io.StringIO)
     said = " ".join(console.file.getvalue().split())
     assert "memory on this CPU" in said

@@ -25,11 +25,13 @@ from mixing.selected import Choice, Selection, select
 from mixing.source import open_source
 from models import tiny_flux
 from runs import make_data
-from stages.evaluate import STRATA, Measured, evaluate
+from stages.evaluate import STRATA, evaluate, in_order
 from stages.families.base import Text
 from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.objectives.flow import Density, blend, noise
+from stages.measured import TENTHS, VERSION, Measured
+from stages.objectives.flow import blend, noise
+from stages.objectives.windows import Windows
 from stages.precision import StagePrecision
 
 CPU = torch.device("cpu")
@@ -79,10 +81,10 @@ def process(index: int = 0, of: int = 1) -> Any:
 
 
 def measure(
-    family: Family, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None
+    family: Family, selections: dict[str, Selection], *, accelerator: Any = None, seed: int = 5, precision: StagePrecision = FP32, bad: list[BadRow] | None = None, **more: Any
 ) -> Measured:
     transformer, unreadable = family.load_transformer(torch.float32, None), [] if bad is None else bad
-    return evaluate(family, transformer, selections, shapes=Shapes(8, 2), precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append)
+    return evaluate(family, transformer, selections, shapes=Shapes(8, 2), precision=precision, seed=seed, accelerator=accelerator or process(), unreadable=unreadable.append, **more)
 
 
 def largest_difference(one: Measured, other: Measured) -> float:
@@ -97,7 +99,8 @@ def test_every_held_out_row_is_measured_once(family: Watched, selections: dict[s
     measured = measure(family, selections)
     for name, selection in selections.items():
         assert set(measured.losses[name]) == {selection.source.key(int(row)) for row in selection.held_out}
-        assert measured.losses[name].keys() == measured.strata[name].keys()
+        assert measured.losses[name].keys() == measured.t[name].keys()
+    assert measured.asked == {"photos": 21, "edits": 13}
     assert sum(len(noised) for noised, _ in family.asked) == 21 + 13
 
 
@@ -115,8 +118,8 @@ def test_the_numbers_do_not_depend_on_how_many_rows_are_measured_at_once(
     family.asked.clear()
     chunked = measure(family, selections)
     assert max(len(noised) for noised, _ in family.asked) == min(21, rows_at_once)
-    assert chunked.strata == whole.strata
-    assert largest_difference(whole, chunked) <= 1e-6
+    assert chunked.t == whole.t
+    assert largest_difference(whole, chunked) <= 4e-6
 
 
 def test_the_numbers_do_not_depend_on_the_order_of_the_sources(family: Watched, selections: dict[str, Selection]) -> None:
@@ -137,7 +140,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(family: Watched, s
     assert min(len(part) for part in parts) >= 8
     monkeypatch.setattr(stages.evaluate, "gather_object", lambda rows: [row for part in parts for row in part])
     for index in range(processes):
-        assert largest_difference(measure(family, selections, accelerator=process(index, processes)), alone) <= 1e-6
+        assert largest_difference(measure(family, selections, accelerator=process(index, processes)), alone) <= 4e-6
 
 
 def test_evaluating_leaves_every_random_generator_as_it_was(family: Watched, selections: dict[str, Selection]) -> None:
@@ -159,15 +162,63 @@ def test_evaluating_leaves_no_gradient_and_changes_no_weight(family: Watched, se
 # --- what is measured -------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_spread_evenly_over_the_middles_of_eight_strata_of_the_familys_own_density(family: Watched, selections: dict[str, Selection]) -> None:
+def quantiles(measured: Measured, source: str, low: float = 0.0, high: float = 1.0) -> dict[str, float]:
+    """Where each row's t stands in the density of t, logit-normal and unshifted."""
+    first, last = stats.norm.cdf([math.log(low / (1 - low)) if low else -math.inf, math.log(high / (1 - high)) if high < 1 else math.inf])
+    return {row: float(stats.norm.cdf(math.log(t / (1 - t))) - first) / (last - first) for row, t in measured.t[source].items()}
+
+
+def test_row_j_in_a_fixed_order_is_measured_in_stratum_j_mod_8_of_the_familys_own_density(family: Watched, selections: dict[str, Selection]) -> None:
     measured = measure(family, selections)
-    for name, number in (("photos", 21), ("edits", 13)):
-        counts = np.bincount(list(measured.strata[name].values()), minlength=STRATA)
-        assert counts.sum() == number
-        assert counts.max() - counts.min() <= 1
-    density = Density("logit_normal", 0.0, 1.0, family.shift(family.tokens(8, 8)))
-    middles = density.t((torch.arange(STRATA, dtype=torch.float64) + 0.5) / STRATA)
-    assert set(torch.cat([t for _, t in family.asked]).tolist()) == set(middles.tolist())
+    assert family.shift(family.tokens(8, 8)) == 1
+    for name, selection in selections.items():
+        of_row = quantiles(measured, name)
+        ordered = [selection.source.key(row) for row in in_order(selection)]
+        assert [int(of_row[row] * STRATA) for row in ordered] == [place % STRATA for place in range(len(ordered))]
+    assert sorted(t for rows in measured.t.values() for t in rows.values()) == sorted(torch.cat([t for _, t in family.asked]).tolist()), "and that is what the model is told"
+
+
+def test_inside_its_stratum_a_row_stands_anywhere_by_its_own_key_and_the_seed(family: Watched, selections: dict[str, Selection]) -> None:
+    within = [(quantile * STRATA) % 1 for seed in range(8) for name in selections for quantile in quantiles(measure(family, selections, seed=seed), name).values()]
+    assert stats.kstest(within, "uniform").pvalue > 0.01
+    assert len({round(place, 4) for place in within}) > 250
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_fewer_rows_are_the_first_ones_with_the_same_t_and_the_same_loss(family: Watched, selections: dict[str, Selection], rows: int) -> None:
+    whole, fewer = measure(family, selections), measure(family, selections, rows=rows)
+    for name, selection in selections.items():
+        first = {selection.source.key(row) for row in in_order(selection)[:rows]}
+        assert fewer.losses[name].keys() == first
+        assert fewer.t[name] == {row: whole.t[name][row] for row in first}
+        assert fewer.losses[name] == pytest.approx({row: whole.losses[name][row] for row in first}, abs=4e-6)
+        assert fewer.asked[name] == min(rows, len(selection.held_out))
+
+
+def test_the_first_rows_are_those_that_would_have_been_held_out_if_so_few_were(world: Path, selections: dict[str, Selection]) -> None:
+    """So they stand for all, and do not follow the order of files."""
+    source = selections["photos"].source
+    assert set(in_order(selections["photos"])[:8]) == set(select(source, Choice(), 8).held_out.tolist())
+    assert in_order(selections["photos"]) != sorted(in_order(selections["photos"]))
+
+
+def test_an_experts_rows_are_measured_where_it_is_asked(family: Watched, selections: dict[str, Selection]) -> None:
+    measured = measure(family, selections, t_range=(0.4, 0.8))
+    levels = [t for rows in measured.t.values() for t in rows.values()]
+    assert 0.4 <= min(levels) < 0.5
+    assert 0.7 < max(levels) <= 0.8
+    assert [int(quantiles(measured, "photos", 0.4, 0.8)[selections["photos"].source.key(row)] * STRATA) for row in in_order(selections["photos"])[:8]] == list(range(8))
+    summary = measured.summary(None, None)["photos"]
+    assert [rows == 0 for rows in summary["by_timestep_rows"]] == [True] * 4 + [False] * 4 + [True] * 2
+
+
+def test_on_a_pyramid_every_level_is_measured_and_t_is_what_the_model_is_told(family: Watched, selections: dict[str, Selection]) -> None:
+    windows = Windows(2)
+    measured = measure(family, selections, windows=windows)
+    levels = sorted(t for rows in measured.t.values() for t in rows.values())
+    assert levels == pytest.approx(sorted(torch.cat([t for _, t in family.asked]).tolist()), abs=4e-6)
+    assert sum(noised.shape[-1] == 4 for noised, _ in family.asked for _ in noised) == sum(place % STRATA >= 4 for rows in (21, 13) for place in range(rows)), "half the way"
+    assert measured.t == measure(family, selections, windows=windows, precision=StagePrecision("bf16", CPU)).t
 
 
 def test_a_loss_is_that_of_its_row_at_its_timestep_with_its_own_noise(family: Watched, selections: dict[str, Selection]) -> None:
@@ -181,15 +232,15 @@ def test_a_loss_is_that_of_its_row_at_its_timestep_with_its_own_noise(family: Wa
         x = to_tensor(fit(example.target, 8, 8))
         e = noise((3, 8, 8), [key(5, "evaluate", "photos", example.key)])[0]
         assert measured.losses["photos"][example.key] == pytest.approx(float((e - x).square().mean()), rel=1e-5)
-        t = Density("logit_normal", 0.0, 1.0, 1.0).t(torch.tensor([(measured.strata["photos"][example.key] + 0.5) / STRATA], dtype=torch.float64))
-        x_t = blend(x[None], e[None], t)
+        x_t = blend(x[None], e[None], torch.tensor([measured.t["photos"][example.key]]))
         assert float((seen - x_t).abs().flatten(1).amax(1).min()) < 1e-6
 
 
 def test_in_bf16_the_image_is_noised_with_the_timestep_that_the_model_sees(family: Watched, selections: dict[str, Selection]) -> None:
-    measure(family, selections, precision=StagePrecision("bf16", CPU))
+    rounded = measure(family, selections, precision=StagePrecision("bf16", CPU))
     for _, t in family.asked:
         assert torch.equal(t, family.seen_timestep(t, torch.bfloat16))
+    assert rounded.t == measure(family, selections).t, "and what it is known by is the same in every precision"
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +249,7 @@ def test_in_bf16_the_image_is_noised_with_the_timestep_that_the_model_sees(famil
 def some_losses(number: int, seed: int, rows: int = 40) -> Measured:
     draw = np.random.default_rng(seed)
     losses = {f"{place:03d}.png": float(loss) for place, loss in enumerate(number + draw.random(rows))}
-    return Measured({"photos": losses}, {"photos": {row: place % STRATA for place, row in enumerate(losses)}})
+    return Measured({"photos": losses}, {"photos": {row: (place * 0.37) % 0.9 for place, row in enumerate(losses)}})
 
 
 def test_standard_error_of_a_change_is_that_of_paired_rows() -> None:
@@ -210,26 +261,46 @@ def test_standard_error_of_a_change_is_that_of_paired_rows() -> None:
     assert entry["since_base_error"] == pytest.approx(pairs.std(ddof=1) / math.sqrt(40), rel=1e-12)
 
 
-def test_summary_says_loss_rows_strata_and_both_changes() -> None:
-    base, start, now = some_losses(3, 1), some_losses(2, 1), some_losses(1, 1)
+CHANGES = ("", "_error", "_by_timestep", "_by_timestep_error")
+
+
+def test_summary_says_loss_rows_tenths_of_t_and_both_changes() -> None:
+    base, start, now = some_losses(3, 1), some_losses(2, 2), some_losses(1, 1)
     entry = now.summary(base, start)["photos"]
-    assert set(entry) == {"loss", "rows", "by_timestep", "since_base", "since_base_error", "since_start", "since_start_error"}
-    losses = list(now.losses["photos"].values())
+    plain = {"loss", "rows", "by_timestep", "by_timestep_rows"}
+    assert set(entry) == plain | {since + kind for since in ("since_base", "since_start") for kind in CHANGES}
+    losses, t = np.array(list(now.losses["photos"].values())), np.array(list(now.t["photos"].values()))
     assert entry["rows"] == 40
-    assert entry["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
-    assert entry["by_timestep"] == pytest.approx([np.mean(losses[stratum::STRATA]) for stratum in range(STRATA)], rel=1e-12)
+    assert entry["loss"] == pytest.approx(losses.mean(), rel=1e-12)
+    tenths = [losses[(t >= low / 10) & (t < (low + 1) / 10)] for low in range(TENTHS)]
+    assert entry["by_timestep_rows"] == [len(tenth) for tenth in tenths]
+    assert sum(entry["by_timestep_rows"]) == 40
+    assert entry["by_timestep"][:9] == pytest.approx([tenth.mean() for tenth in tenths[:9]], rel=1e-12)
+    assert entry["by_timestep"][9] is None, "no row is there"
     assert entry["since_base"] == pytest.approx(-2, rel=1e-9)
-    assert entry["since_start"] == pytest.approx(-1, rel=1e-9)
     assert entry["since_base_error"] == pytest.approx(0, abs=1e-12)
-    assert set(now.summary(None, None)["photos"]) == {"loss", "rows", "by_timestep"}
+    changes = losses - np.array(list(start.losses["photos"].values()))
+    in_tenths = [changes[(t >= low / 10) & (t < (low + 1) / 10)] for low in range(TENTHS - 1)]
+    assert entry["since_start_by_timestep"][:9] == pytest.approx([tenth.mean() for tenth in in_tenths], rel=1e-9)
+    assert entry["since_start_by_timestep_error"][:9] == pytest.approx([stats.sem(tenth) for tenth in in_tenths], rel=1e-9)
+    assert entry["since_start_by_timestep"][9] is entry["since_start_by_timestep_error"][9] is None
+    assert set(now.summary(None, None)["photos"]) == plain
+
+
+def test_rows_that_were_measured_at_another_noise_level_are_not_paired() -> None:
+    """As those of a source that has grown since, whose rows have moved on in the order."""
+    base, now = some_losses(0, 1), some_losses(1, 1)
+    moved = Measured(base.losses, {"photos": {row: t if place % 4 else 0.95 for place, (row, t) in enumerate(base.t["photos"].items())}})
+    changed = Measured({"photos": {row: loss + (0 if place % 4 else 100) for place, (row, loss) in enumerate(now.losses["photos"].items())}}, now.t)
+    assert changed.summary(moved, None)["photos"]["since_base"] == pytest.approx(1, rel=1e-9)
 
 
 def test_a_change_is_taken_over_the_rows_that_both_have() -> None:
     base, now = some_losses(0, 1), some_losses(1, 1)
-    fewer = Measured({"photos": {row: loss for place, (row, loss) in enumerate(base.losses["photos"].items()) if place % 2}}, base.strata)
+    fewer = Measured({"photos": {row: loss for place, (row, loss) in enumerate(base.losses["photos"].items()) if place % 2}}, base.t)
     assert now.summary(fewer, None)["photos"]["since_base"] == pytest.approx(1, rel=1e-9)
     assert "since_base" not in now.summary(Measured({}, {}), None)["photos"]
-    only = Measured({"photos": {"000.png": 0.0}}, base.strata)
+    only = Measured({"photos": {"000.png": 0.0}}, base.t)
     assert "since_base" not in now.summary(only, None)["photos"], "one pair has no standard error"
 
 
@@ -244,6 +315,14 @@ def test_measured_goes_through_its_file_bit_for_bit(family: Watched, selections:
     measured = measure(family, selections)
     measured.save(tmp_path / "evaluations" / "base.json")
     assert Measured.load(tmp_path / "evaluations" / "base.json") == measured
+    assert json.loads((tmp_path / "evaluations" / "base.json").read_text())["version"] == VERSION
+
+
+def test_what_a_former_version_measured_is_as_good_as_not_measured(tmp_path: Path) -> None:
+    """Its rows stood in the middle of their strata: differences to them would be of other noise levels."""
+    (tmp_path / "base.json").write_text(json.dumps({"losses": {"photos": {"a": 1.0}}, "strata": {"photos": {"a": 0}}}))
+    assert Measured.load(tmp_path / "base.json") is None
+    assert Measured.load(tmp_path / "other.json") is None
 
 
 def test_a_held_out_row_that_cannot_be_read_is_left_out_and_the_others_keep_their_numbers(world: Path, tmp_path: Path, family: Watched) -> None:
@@ -261,5 +340,5 @@ def test_a_held_out_row_that_cannot_be_read_is_left_out_and_the_others_keep_thei
     assert [(row.source, row.key) for row in bad] == [("photos", broken)]
     assert without.losses["photos"].keys() == whole.losses["photos"].keys() - {broken}
     for row, loss in without.losses["photos"].items():
-        assert loss == pytest.approx(whole.losses["photos"][row], abs=1e-6)
-        assert without.strata["photos"][row] == whole.strata["photos"][row]
+        assert loss == pytest.approx(whole.losses["photos"][row], abs=4e-6)
+        assert without.t["photos"][row] == whole.t["photos"][row]

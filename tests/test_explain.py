@@ -16,7 +16,7 @@ from mixing.selected import Selection
 from mixing.source import Source
 from models import tiny_flux
 from stages.adapter import add_adapter, choose_trainable
-from stages.explain import ModelFacts, explain
+from stages.explain import Explanation, ModelFacts, explain, show
 from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.feed import Sizes
@@ -63,7 +63,7 @@ def selections_of(sizes: dict[str, int]) -> dict[str, Selection]:
 
 def explained(plan: Plan, model: ModelFacts | None, width: int = 100, selections: dict[str, Selection] | None = None) -> str:
     console = Console(file=io.StringIO(), width=width)
-    explain(plan, selections or selections_of(SIZES), model, console)
+    show(explain(plan, selections or selections_of(SIZES), model), console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -119,7 +119,7 @@ def test_without_a_model_tokens_and_memory_are_left_out() -> None:
 
 def test_stage_without_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="source 'edit' has no rows to train on"):
-        explain(PLAN, selections_of({**SIZES, "edit": 0}), None, Console(file=io.StringIO()))
+        list(explain(PLAN, selections_of({**SIZES, "edit": 0}), None))
 
 
 def test_buckets_of_every_source_are_listed_with_their_counts_and_refused_rows_with_their_reason() -> None:
@@ -196,3 +196,12 @@ def test_what_a_stage_asks_beside_the_usual_is_said() -> None:
         "the expert for high noise; noise levels uniform, shift 3, 0.1 to 0.9, stratified; bell weighting; without prompt and references 0.1 of the time"
     )
     assert objective_words(PLAN.stages[0]) == ""
+
+
+def test_an_explanation_is_shown_in_a_notebook_as_tables_with_the_same_numbers() -> None:
+    explanation = Explanation(tuple(explain(PLAN, selections_of(SIZES), FACTS)))
+    html = explanation._repr_html_()
+    assert html.count("<table") == html.count("</table>") >= 2 * len(PLAN.stages) + 1
+    for part in ("1,000, each of 8 images in micro-batches of 4: 8,000 images", "0 at step 0, 1e-4 from step 50 to the last"):
+        assert part in html
+        assert part in str(explanation)

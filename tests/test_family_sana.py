@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from families import CPU, PROMPTS, adapted, largest, noise, our_first_step, pipelines_first_step, reloaded, without_gradient
 from stages.adapter import matched
 from stages.families.base import Text
-from stages.families.facts import UnsuitableModel
 from stages.families.family import Family
-from stages.families.open import open_family
+from stages.families.open import ModelError, open_family
 from stages.families.sana import instruction
 from stages.families.tiny.sana import build
 
@@ -265,7 +264,7 @@ def test_a_scheduler_that_predicts_something_else_is_refused(tmp_path: Path) -> 
     folder = build(tmp_path / "m")
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("flow_prediction", "epsilon"))
-    with pytest.raises(UnsuitableModel, match="prediction_type 'epsilon'"):
+    with pytest.raises(ModelError, match="prediction_type 'epsilon'"):
         open_family(str(folder), CPU)
 
 

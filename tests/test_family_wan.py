@@ -19,7 +19,7 @@ from stages.adapter import adapter_weights, add_adapter, lora_layers, matched
 from stages.families.base import Text
 from stages.families.facts import UnsuitableModel
 from stages.families.family import Family
-from stages.families.open import open_family
+from stages.families.open import ModelError, open_family
 from stages.families.tiny.wan import build
 from stages.layouts import write_adapter
 from stages.objectives.path import Diffusion, Straight
@@ -466,5 +466,5 @@ def test_a_model_of_wan_has_its_sizes(families: dict[str, Family], tmp_path: Pat
 def test_a_scheduler_of_another_process_is_refused(tmp_path: Path) -> None:
     folder = build(tmp_path / "m")
     edit(folder / "scheduler" / "scheduler_config.json", lambda config: config.update(prediction_type="epsilon"))
-    with pytest.raises(UnsuitableModel, match="UniPCMultistepScheduler with use_flow_sigmas True and prediction_type 'epsilon'"):
+    with pytest.raises(ModelError, match="UniPCMultistepScheduler with use_flow_sigmas True and prediction_type 'epsilon'"):
         open_family(str(folder), CPU)

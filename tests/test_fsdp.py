@@ -111,7 +111,7 @@ def test_other_ways_to_shard_end_alike(world: Path, by_one: Path, tmp_path: Path
 def learn_sharded(rank: int, port: int, folder: Path, found: Any) -> None:
     """In a process of its own: the gradients of an adapter, and of every weight, of a whole model and of a sharded one; hands in the largest difference of each."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    engine = Sharded(Launched("fsdp2"), start_accelerator(None))
+    engine = Sharded(Launched("fsdp2"), start_accelerator())
     family, precision = open_family(str(folder), torch.device("cpu")), StagePrecision("fp32", torch.device("cpu"))
     side, small = 4 * family.pixel_multiple, 2 * family.pixel_multiple
     x = noise(2, family.encode_images(torch.zeros(1, 3, small, small)).shape[1], side // family.factor, side // family.factor)

@@ -31,7 +31,7 @@ from runs import adapter_bytes, carry_out, copy_run, events, launch, make_data, 
 from stages import save_leg
 from stages.adapter import adapter_weights, add_adapter, load_adapter_weights, lora_layers
 from stages.checkpoint import read_checkpoint
-from stages.explain import explain
+from stages.explain import explain, show
 from stages.families.family import Family
 from stages.families.flux import Flux
 from stages.handoff import EXACT, Baton, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
@@ -283,7 +283,7 @@ def explained(adapter: dict[str, Any], *stages: dict[str, Any]) -> str:
     none = np.empty(0, dtype=np.int32)
     source = Rows("photos", "text_to_image", none.astype(np.uint8), np.empty((0, 2), dtype=np.uint32), (), "", None)  # type: ignore[arg-type]
     console = Console(file=io.StringIO(), width=200)
-    explain(plan, {"photos": Selection(source, {class_of((64, 64), []): np.arange(9, dtype=np.int32)}, none)}, None, console)
+    show(explain(plan, {"photos": Selection(source, {class_of((64, 64), []): np.arange(9, dtype=np.int32)}, none)}, None), console)
     assert isinstance(console.file, io.StringIO)
     return " ".join(console.file.getvalue().split())
 

@@ -22,12 +22,12 @@ SETTINGS = Adapter(rank=2, targets="linear")
 def test_each_transformer_has_a_file_of_its_own_and_is_loaded_from_it(tmp_path: Path) -> None:
     one, two, peft = (open_family(str(folder), CPU) for folder in (flux.build(tmp_path / "f"), wan.build(tmp_path / "w", experts=True), pixart.build(tmp_path / "p")))
     assert [file_of(one, None), file_of(two, "high"), file_of(two, "low"), file_of(peft, None)] == [ADAPTER_FILE, ADAPTER_FILE, SECOND_FILE, "adapter_model.safetensors"]
-    assert loading_lines(one, (None,)) == [f'pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER_FILE}")']
-    assert loading_lines(two, ("high", "low")) == [
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER_FILE}")',
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name="{SECOND_FILE}", load_into_transformer_2=True)',
+    assert loading_lines(one, (None,), "user/name") == [f'pipe.load_lora_weights("user/name", weight_name="{ADAPTER_FILE}")']
+    assert loading_lines(two, ("high", "low"), "user/name") == [
+        f'pipe.load_lora_weights("user/name", weight_name="{ADAPTER_FILE}")',
+        f'pipe.load_lora_weights("user/name", weight_name="{SECOND_FILE}", load_into_transformer_2=True)',
     ]
-    assert loading_lines(peft, (None,)) == ["from peft import PeftModel", 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
+    assert loading_lines(peft, (None,), "user/name") == ["from peft import PeftModel", 'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "user/name")']
 
 
 def test_what_comfyui_reads_is_said(tmp_path: Path) -> None:

@@ -156,6 +156,21 @@ BROKEN: dict[str, tuple[str, str, list[str]]] = {
     "power out of range": ("mix: natural", "mix: {power: 2}", ["14:18: stages[1].mix.power: 2 is not a number from 0 to 1"]),
     "negative share": ("{t2i: 1, edit: 1}", "{t2i: 1, edit: -1}", ["8:25: stages[0].mix.edit: -1 is not a number of at least 0"]),
     "no space after the colon": ("{t2i: 1, edit: 1}", "{t2i:1, edit: 1}", ["8:11: stages[0].mix: 't2i:1' has no value; write a space after the ':'"]),
+    "unknown tracker": (
+        "model: models/tiny",
+        "track: wandbb\nmodel: models/tiny",
+        ["1:8: track: 'wandbb' is not 'none', nor one of trackio, tensorboard, wandb, nor a mapping (name, project, online), nor a list; did you mean 'wandb'?"],
+    ),
+    "no tracker in a list": ("model: models/tiny", "track: [none]\nmodel: models/tiny", ["1:9: track[0]: 'none' is not one of trackio, tensorboard, wandb, nor a mapping (name, project, online)"]),
+    "a tracker twice": ("model: models/tiny", "track: [trackio, {name: trackio}]\nmodel: models/tiny", ["1:8: track: 'trackio' is named 2 times; name it once"]),
+    "a tracker that sends nothing": (
+        "model: models/tiny",
+        "track: [{name: trackio, online: true}, {name: tensorboard, project: x}]\nmodel: models/tiny",
+        [
+            "1:25: track[0].online: trackio keeps everything on this machine (`trackio sync` sends a project to a Space); remove it",
+            "1:60: track[1].project: tensorboard knows no projects; give `tensorboard --logdir` the folder of the runs that are to stand together",
+        ],
+    ),
     "number for text": ("{path: data/photos}", "{path: 5}", ['3:15: sources.t2i.path: 5 is not text; put it in quotes: "5"']),
     "unknown task": ("task: edit", "task: edt", ["4:40: sources.edit.task: 'edt' is not one of text_to_image, subject, control, edit, other, entity; did you mean 'edit'?"]),
     "unknown role": ("task: edit", "task: edit, columns: {taget: image}", ["4:56: sources.edit.columns: 'taget' is not one of target, reference, prompt, entity_prompts, entity_masks; did you mean 'target'?"]),
@@ -416,7 +431,7 @@ def test_adapter_that_no_stage_trains_is_refused(field: str) -> None:
         (b"---\n", "plans/x.yaml:1:1: the plan is empty; the shortest one stands at the top of docs/plan.md"),
         (b"- a\n", f"plans/x.yaml:1:1: a plan is a mapping ({PLAN_FIELDS}); this is a list"),
         (b"name: x\nmodel: caf\xe9\n", "plans/x.yaml:2:11: byte 0xe9 is not UTF-8; save the file as UTF-8 text"),
-        (b"a" * (2**20 + 1), "plans/x.yaml: the file is larger than 1 MiB; a plan is YAML text, written by hand"),
+        (b"a" * (2**18 + 1), "plans/x.yaml: the file is larger than 256 KiB; a plan is YAML text, written by hand"),
         (b"a: " + b"[" * 100_000, "plans/x.yaml:1:53: nested more than 50 deep"),
         (b"a: &a [*a]", "plans/x.yaml:1:8: '*a' stands inside '&a' itself"),
         (b'a: "\\U99999999"', 'plans/x.yaml:1:1: an escape such as "\\U00110000" names no character'),
@@ -437,7 +452,7 @@ def test_aliases_that_multiply_are_refused_quickly() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
     said = problems_of("\n".join(lines))
-    assert said == ["plans/x.yaml:5:5: with its aliases the plan holds more than 50,000 values"]
+    assert said == ["plans/x.yaml:5:5: with its aliases the plan holds more than 20,000 values"]
 
 
 def test_all_problems_are_told_at_once_sorted_by_place() -> None:
@@ -619,7 +634,7 @@ stages:
   - {name: two, steps: 9, mix: {no: 0.1, edit: 0}, resolution: 2, batch: {images: 6}, lr: {peak: 3e-5, warmup: 0}, clip: null, ema: 0.5}
   - {name: "3", steps: 9, resolution: 2, batch: 6, lr: {peak: 1, schedule: linear, floor: 1e-300}, ema: 0.9, handoff: {ema: keep, optimizer: keep_v}}
 evaluate: {rows: 0}
-track: none
+track: [trackio, {name: wandb, project: x, online: true}]
 """
 
 
@@ -645,6 +660,12 @@ def test_any_text_is_written_out_and_read_back_the_same(text: str) -> None:
     sources = {**plan.sources, "t2i": plan.sources["t2i"].model_copy(update={"prompt": text})}
     PLAN.write_text(to_yaml(plan.model_copy(update={"sources": sources})), encoding="utf-8", newline="")
     assert read_plan(PLAN).plan.sources["t2i"].prompt == text
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_place_and_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.check_tracking.find_spec", lambda name: None)
+    text = "track: [tensorboard]\n" + GOOD
+    assert problems_of(text) == ["plans/x.yaml:1:9: track[0]: 'tensorboard' is not installed; type `pip install tensorboard`, or write track: trackio, or none"]
 
 
 # --- robustness ---

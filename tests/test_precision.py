@@ -209,10 +209,10 @@ def test_processes_that_do_not_see_each_other_are_refused_with_the_cure(monkeypa
     monkeypatch.setattr("stages.precision.Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert start_accelerator(None).num_processes == 1
+    assert start_accelerator().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match=r"started 2 processes and accelerate sees 1; .*accelerate_configs/cpu_2_processes\.yaml"):
-        start_accelerator(None)
+        start_accelerator()
 
 
 @pytest.mark.launch
@@ -220,7 +220,7 @@ def test_two_cpu_processes_asked_for_and_one_started_is_refused_with_the_cure(tm
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing (accelerate 1.15)."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from stages.precision import start_accelerator\nfrom stages.problems import LaunchError\ntry:\n    start_accelerator(None)\nexcept LaunchError as error:\n    print('refused:', error)\n"
+        "from stages.precision import start_accelerator\nfrom stages.problems import LaunchError\ntry:\n    start_accelerator()\nexcept LaunchError as error:\n    print('refused:', error)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

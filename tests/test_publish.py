@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline
-from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from stages.header import sort_header
 from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.plan import Adapter, Plan, Source, Stage
 from stages.precision import DTYPES, StagePrecision
-from stages.publish import PublishError, Trained, model_card, publish_adapter
+from stages.publish import PublishError, Trained, publish_adapter
 from stages.start import read_start
 
 CPU = torch.device("cpu")
@@ -290,33 +289,3 @@ def test_a_full_stage_appended_to_a_finished_run_is_what_its_model_folder_holds_
         trained = next((tmp_path / "run" / "stages" / f"{number}-{legs[-1]['name']}").glob("step-*"))
         published = load_file(tmp_path / "run" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(published[name], value) for name, value in load_file(trained / "transformer.safetensors").items())
-
-
-# --- the card ---------------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_says_what_the_adapter_saw_and_how_to_load_it(family: Family) -> None:
-    entry = {"asked": 0.25, "drawn": 0.2504, "images": 12_345, "epochs": 1.5}
-    ledger = {"stages": [{"stage": "only", "sources": {"photos": entry}}]}
-    card = model_card(plan_with(Adapter(rank=7), family), family, "| the table |", ledger, {"torch": "2.13.0"}, None)
-    assert "| only | photos | 25.0% | 25.0% | 12,345 | 1.50 |" in card
-    assert "LoRA of rank 7" in card
-    assert f'FluxPipeline.from_pretrained("{family.repo}"' in card
-    assert f'weight_name="{ADAPTER_FILE}"' in card
-    assert "| the table |" in card
-    assert "torch 2.13.0" in card
-
-
-def test_the_cards_code_is_python(family: Family) -> None:
-    card = model_card(plan_with(Adapter(rank=7), family), family, "", {"stages": []}, {}, None)
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
-
-
-@pytest.mark.parametrize("repo", ["someone/model", "models/mine: the second", "models/a #1", 'models/C:\\path "x"'])
-def test_the_cards_head_is_yaml_whatever_the_models_folder_is_called(family: Family, repo: str) -> None:
-    plan = plan_with(Adapter(), family).model_copy(update={"model": repo})
-    card = model_card(plan, family, "", {"stages": []}, {}, None)
-    head = YAML(typ="safe").load(card.split("---\n")[1])
-    assert head["base_model"] == repo
-    assert head["tags"] == ["lora", "medley"]
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")

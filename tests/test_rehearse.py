@@ -14,7 +14,7 @@ from rich.console import Console
 
 import train
 from mixing.where import parse
-from models import tiny_flux
+from models import tiny_clip, tiny_flux
 from runs import copy_run, make_data, plan_of, write_plan
 from stages.check import check_plan
 from stages.checkpoint import read_checkpoint, write_checkpoint
@@ -298,6 +298,12 @@ def small(tmp_path: Path, text: str, *, made: bool = True, **changes: Any) -> tu
     return resolved_plan(plan), resolved_plan(again.plan), notes
 
 
+def test_nothing_of_a_rehearsal_goes_to_the_hub(tmp_path: Path) -> None:
+    _, found, notes = small(tmp_path, HEAD + "stages:\n  - {name: one, steps: 2, resolution: 512, batch: 4, lr: 1e-4}\npublish: {repo: user/name, checkpoints: true}\n")
+    assert found.publish is None
+    assert "`publish` was left out: nothing of a rehearsal goes to the Hub" in notes
+
+
 def test_miniature_keeps_all_that_a_stage_asks_for_but_its_size(tmp_path: Path) -> None:
     text = HEAD + """
 seed: 7
@@ -464,6 +470,17 @@ evaluate: {accuracy: {source: t2i, labelled: nowhere}}
     assert found.start is None
     assert found.evaluate.accuracy is None
     assert [note.split(" was")[0] for note in notes] == ["`start`", "`evaluate.accuracy`"]
+
+
+def test_metrics_are_rehearsed_with_models_that_are_here_and_left_out_with_others(tmp_path: Path) -> None:
+    stages = "stages: [{name: a, steps: 9, resolution: 256, batch: 8, lr: 1}]\n"
+    _, found, notes = small(tmp_path, HEAD + stages + f"evaluate: {{samples: 40, metrics: {{clip_score: {{model: {tiny_clip(tmp_path / 'clip')}}}}}}}\n")
+    assert list(found.evaluate.metrics) == ["clip_score"]
+    assert found.evaluate.samples == 2
+    assert not any("metrics" in note for note in notes)
+    _, found, notes = small(tmp_path, HEAD + stages + "evaluate: {metrics: [clip_score, dino_similarity]}\n")
+    assert not found.evaluate.metrics
+    assert "`evaluate.metrics` was left out: the model of clip_score, dino_similarity is not in a folder here" in notes
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------------------------

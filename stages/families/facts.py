@@ -19,6 +19,13 @@ class UnsuitableModel(ValueError):
     """A folder that holds no model that can be trained; the message says why."""
 
 
+def check_parts(index: Mapping[str, object]) -> None:
+    """Raise UnsuitableModel if a model_index.json says that one of its parts is made by code that lies beside it. Such code is never executed."""
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry and entry[0] not in (None, "diffusers", "transformers"):
+            raise UnsuitableModel(f"has a {part} that is made by code of its own ({str(entry[0])[:60]!r}), and no code of a model is executed; choose a model whose parts are those of diffusers and transformers")
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """What a model's configs say of sizes."""

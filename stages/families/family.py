@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as File
@@ -16,6 +17,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -73,12 +75,15 @@ class Family:
         self.encoder_uses = 0
         """How often the VAE or what encodes prompts was asked for."""
         transformer = dict(self._read("transformer/config.json", ""))
+        scheduler = getattr(diffusers, str(index["scheduler"][1]), None)
+        if scheduler is None:
+            raise UnsuitableModel(f"has a scheduler that diffusers does not know ({index['scheduler'][1]})")
         sizes = self.facts.sizes(self._read)
         self.model = Configs(
             index=index,
             transformer=transformer,
             vae=dict(self._read("vae/config.json", "")) if self.encodes_images else {},
-            scheduler=getattr(diffusers, index["scheduler"][1]).from_pretrained(repo, subfolder="scheduler", revision=self.revision),
+            scheduler=scheduler.from_pretrained(repo, subfolder="scheduler", revision=self.revision),
             sizes=sizes,
             guidance=(guidance if guidance is not None else 1.0) if sizes.takes_guidance else None,
         )
@@ -130,7 +135,8 @@ class Family:
         """The VAE in float32, loaded if it is not; None in pixel space."""
         self.encoder_uses += self.encodes_images
         if self.encodes_images and self._vae is None:
-            vae = self.architecture.vae_class.from_pretrained(self.repo, subfolder="vae", revision=self.revision, dtype=torch.float32)
+            with self._loading("VAE"):
+                vae = self.architecture.vae_class.from_pretrained(self.repo, subfolder="vae", revision=self.revision, dtype=torch.float32, use_safetensors=True)
             self._vae = vae.requires_grad_(False).to(self.device)
         return self._vae
 
@@ -149,7 +155,16 @@ class Family:
         """The stock pipeline with some of its parts from disk, some given, and without the others."""
         names = [name for name, entry in self.model.index.items() if isinstance(entry, list) and len(entry) == 2]
         given = {name: parts.get(name) for name in names if name not in keep}
-        return getattr(diffusers, self.pipeline_class).from_pretrained(self.repo, revision=self.revision, dtype=dtype, **given)
+        with self._loading("pipeline"):
+            return getattr(diffusers, self.pipeline_class).from_pretrained(self.repo, revision=self.revision, dtype=dtype, use_safetensors=True, **given)
+
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        """Inside, what cannot be loaded is a RunError."""
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunError(f"{self.repo}: its {part} cannot be loaded; weights are read from safetensors alone, and no code of a model is executed: {' '.join(str(error).split())[:300]}") from error
 
     @property
     def held_encoders(self) -> tuple[str, ...]:
@@ -213,7 +228,8 @@ class Family:
         """
         of_class, part = self.architecture.transformer_class, self.expert_part(expert)
         if weights is None:
-            model = of_class.from_pretrained(self.repo, subfolder=part, revision=self.revision, dtype=storage)
+            with self._loading(part):
+                model = of_class.from_pretrained(self.repo, subfolder=part, revision=self.revision, dtype=storage, use_safetensors=True)
         else:
             model = of_class.from_config(of_class.load_config(self.repo, subfolder=part, revision=self.revision))
             model.load_state_dict(load_file(weights))

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 
 from stages.digests import file_digest
 from stages.families.base import Architecture
-from stages.families.facts import PIPELINES
+from stages.families.facts import PIPELINES, UnsuitableModel, check_parts
 from stages.families.family import Family
 from stages.plan import Model
+from stages.problems import PlanError
 
 _CLASSES = {
     "flux": "Flux",
@@ -50,20 +51,27 @@ ARCHITECTURES: Mapping[str, Architecture] = _Architectures()
 """The families by name."""
 
 
-class ModelError(ValueError):
-    """The plan's model cannot be trained."""
+class ModelError(PlanError):
+    """The plan's model cannot be had, or cannot be trained."""
 
 
 def open_family(model: str | Model, device: torch.device, digest: Callable[[Path], str] = file_digest) -> Family:
     """The model's family; its frozen parts are loaded onto `device` when they are first used. digest: SHA-256 of a file of weights.
 
-    Raises ModelError if Medley does not know the pipeline's class.
+    Raises ModelError if its configs cannot be had, if Medley does not know the pipeline's class, or if one of its parts is code of its own.
     """
     settings = model if isinstance(model, Model) else Model(repo=model)
-    name = str(DiffusionPipeline.load_config(settings.repo, revision=settings.revision)["_class_name"])
-    if name not in PIPELINES:
-        raise ModelError(f"{settings.repo} is a {name}; Medley trains {', '.join(sorted(PIPELINES))}")
-    return Family(ARCHITECTURES[PIPELINES[name]], settings.repo, settings.revision, settings.guidance, device, digest)
+    try:
+        index = DiffusionPipeline.load_config(settings.repo, revision=settings.revision)
+        check_parts(index)
+        name = str(index["_class_name"])
+        if name not in PIPELINES:
+            raise UnsuitableModel(f"is a {name}; Medley trains {', '.join(sorted(PIPELINES))}")
+        return Family(ARCHITECTURES[PIPELINES[name]], settings.repo, settings.revision, settings.guidance, device, digest)
+    except OSError as error:
+        raise ModelError.at("model", f"{settings.repo}: its configs cannot be had: {' '.join(str(error).split())[:300]}") from None
+    except UnsuitableModel as error:
+        raise ModelError.at("model", f"{settings.repo} {str(error).removeprefix(f'{settings.repo} ')}") from None
 
 
 def fingerprint(model: str | Model) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from stages.placed import target_of
 from stages.plan import Adapter, Batch, Cache, Change, Handoff, LearningRate, Level, MicroTokens, MixAdaptive, Plan, Power, Prior, Source, Stage
-from stages.resolved import main_resolution, resolved_batch, resolved_levels, resolved_plan, resolved_rate, still_mixes
+from stages.problems import listed
+from stages.resolved import main_resolution, metric_models, num_held_out, resolved_batch, resolved_levels, resolved_plan, resolved_rate, still_mixes
 
 STEPS = 6
 """Steps of a stage, at most."""
@@ -100,6 +101,9 @@ def miniature(plan: Plan, tiny: Tiny, sources: Mapping[str, SmallSource], folder
         first = plan.stages[0].model_copy(update={"handoff": Handoff()})
         plan = plan.model_copy(update={"start": None, "stages": [first, *plan.stages[1:]]})
         notes.append("`start` was left out: what it names does not fit the tiny model, so the first stage began afresh")
+    if plan.publish is not None:
+        plan = plan.model_copy(update={"publish": None})
+        notes.append("`publish` was left out: nothing of a rehearsal goes to the Hub")
     whole = resolved_plan(plan)
     sides, ranks = small_sides(plan, tiny.multiple, is_own=tiny.is_own), small_ranks(whole)
     stages = [_stage(stage, sides, ranks, tiny, sources, plan, notes) for stage in whole.stages]
@@ -215,7 +219,12 @@ def _evaluate(plan: Plan, sides: Mapping[int, int], sources: Mapping[str, SmallS
     longest = max(stage.steps for stage in plan.stages)
     follows = any(isinstance(stage.mix, MixAdaptive) for stage in plan.stages)  # then an evaluation after each step, so that there is something to follow
     every = 1 if follows else None if evaluate.every is None else max(1, min(STEPS // 2, round(evaluate.every * STEPS / max(longest, STEPS))))
-    return evaluate.model_copy(update={"rows": min(evaluate.rows, HELD_OUT), "every": every, "accuracy": accuracy})
+    metrics = evaluate.metrics
+    if away := [name for name, model in metric_models(plan).items() if not Path(model).expanduser().is_dir()]:
+        metrics = []
+        notes.append(f"`evaluate.metrics` was left out: the model of {listed(away)} is not in a folder here")
+    samples = min(evaluate.samples, HELD_OUT)
+    return evaluate.model_copy(update={"rows": min(num_held_out(plan), HELD_OUT), "every": every, "accuracy": accuracy, "metrics": metrics, "samples": samples})
 
 
 def _stage(stage: Stage, sides: Mapping[int, int], ranks: Mapping[int, int], tiny: Tiny, sources: Mapping[str, SmallSource], plan: Plan, notes: list[str]) -> Stage:

@@ -35,7 +35,9 @@ class Step:
     lr: float | None
     grad_norm: float | None
     images_per_second: float | None
+    tokens_per_second: float | None
     data_wait: float | None
+    memory_bytes: float | None
     multiplied_in: str
     losses: Mapping[str, float]
     drawn: Mapping[str, float]
@@ -63,6 +65,10 @@ class Measured:
     loss: float
     rows: int | None
     by_timestep: tuple[float, ...]
+    """By noise level, nan where no row lies: by tenth of t where `by_timestep_rows` counts them, else, in runs of former versions, by eighth of the probability of t."""
+    by_timestep_rows: tuple[int, ...]
+    by_timestep_error: tuple[float, ...]
+    """Standard errors of the changes since the base, or else since the stage's start; nan where there is none."""
     since_base: Change | None
     since_start: Change | None
 
@@ -105,8 +111,8 @@ class StageRecord:
     @property
     def planned(self) -> int | None:
         """Optimizer steps that the plan asks for."""
-        value = number(self.event.get("steps"))
-        value = number(self.plan.get("steps")) if value is None else value
+        value = finite(self.event.get("steps"))
+        value = finite(self.plan.get("steps")) if value is None else value
         return None if value is None else int(value)
 
     @property
@@ -135,6 +141,7 @@ class Record:
     launches: tuple[Event, ...]
     seconds: float
     events: Mapping[str, tuple[Event, ...]]
+    plan: Event
     plan_text: str
     environment_text: str
     stride: int
@@ -193,6 +200,7 @@ def read_record(folder: Path) -> Record:
         launches=launches,
         seconds=_seconds(events),
         events={kind: tuple(found) for kind, found in of_kind.items()},
+        plan=plan,
         plan_text=plan_text,
         environment_text=_read_text(folder / "environment.json"),
         stride=stride,
@@ -266,20 +274,26 @@ def _change(value: Event, name: str) -> Change | None:
     return None if change is None or error is None else Change(change, abs(error))
 
 
+def _listed(source: Event, name: str) -> tuple[float, ...]:
+    """A list of numbers, nan for what is none; empty where there is no list."""
+    listed = source.get(name)
+    return tuple(math.nan if (n := number(item)) is None else n for item in listed) if isinstance(listed, list) else ()
+
+
 def _measured(value: object) -> Measured | None:
     source = mapping(value)
     loss = number(source.get("loss"))
     if loss is None:
         return None
-    buckets = source.get("by_timestep")
-    by_timestep = (
-        tuple(math.nan if (n := number(b)) is None else n for b in buckets) if isinstance(buckets, list) else ()
-    )
+    by_timestep, rows_by_timestep = _listed(source, "by_timestep"), _listed(source, "by_timestep_rows")
+    errors = _listed(source, "since_base_by_timestep_error") or _listed(source, "since_start_by_timestep_error")
     rows = finite(source.get("rows"))
     return Measured(
         loss=loss,
         rows=None if rows is None else int(rows),
         by_timestep=by_timestep,
+        by_timestep_rows=tuple(whole(n) for n in rows_by_timestep) if len(rows_by_timestep) == len(by_timestep) else (),
+        by_timestep_error=errors if len(errors) == len(by_timestep) else (),
         since_base=_change(source, "since_base"),
         since_start=_change(source, "since_start"),
     )
@@ -316,7 +330,9 @@ def _steps(events: list[Event]) -> dict[str, dict[int, Step]]:
             lr=number(event.get("lr")),
             grad_norm=number(event.get("grad_norm")),
             images_per_second=finite(event.get("images_per_second")),
+            tokens_per_second=finite(event.get("tokens_per_second")),
             data_wait=finite(event.get("data_wait")),
+            memory_bytes=finite(event.get("memory_bytes", event.get("peak_memory_bytes"))),
             multiplied_in=text(event.get("multiplied_in")),
             losses=numbers(event.get("losses")),
             drawn=numbers(event.get("drawn")),

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from stages.report.charts import bullet
 from stages.report.curves import MOST_STAGES, colour
-from stages.report.page import count, fixed, percent, section, signed, table
+from stages.report.page import count, fixed, percent, region, section, signed, table
 from stages.report.record import Change, Record, StageRecord, read_record
 from stages.report.values import Event, finite, text
 
 _SINCE = "since the base", "since its start"
+HEAD = ("source", "stage", "held-out loss", *_SINCE)
+LEGEND = "▼ lower, so better; ▲ higher, so worse; by more than three standard errors. · no clear change. ± is one standard error."
 _GLYPHS = {"better": "▼", "worse": "▲", "": "·"}
 _YARDSTICKS = {"judge_on_real": "real images", "shuffled_captions": "shuffled captions", "untrained": "untrained model"}
 
@@ -24,27 +26,16 @@ _YARDSTICKS = {"judge_on_real": "real images", "shuffled_captions": "shuffled ca
 def first_table(folder: Path) -> str:
     """The first table as Markdown, aligned for a console: held-out loss by source and stage with its changes; then the accuracy."""
     record = read_record(folder)
-    stages, digits = table_stages(record), _digits(record)
-    head = ["source", "stage", "held-out loss", *_SINCE]
-    rows = []
-    for source in record.sources:
-        for stage in stages:
-            found = stage.latest.sources.get(source) if stage.latest else None
-            if found is not None:
-                changes = [_plain(change, digits) for change in (found.since_base, found.since_start)]
-                rows.append([source.replace("|", "\\|"), _column(stage), fixed(found.loss, digits), *changes])
+    rows = [[row[0].replace("|", "\\|"), *row[1:]] for row in first_rows(record)]
     if not rows:
         return "No held-out loss has been measured yet.\n"
-    widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
+    widths = [max(len(row[k]) for row in [HEAD, *rows]) for k in range(len(HEAD))]
     lines = [
-        _markdown(head, widths),
+        _markdown(HEAD, widths),
         "|" + "|".join("-" * (w + 1) + (":" if k > 1 else "-") for k, w in enumerate(widths)) + "|",
     ]
     lines += [_markdown(row, widths) for row in rows]
-    lines += [
-        "",
-        "▼ lower, so better; ▲ higher, so worse; by more than three standard errors. · no clear change. ± is one standard error.",
-    ]
+    lines += ["", LEGEND]
     for event in _accuracies(record)[-1:]:
         others = ", ".join(
             f"{name} {percent(value)}"
@@ -57,6 +48,18 @@ def first_table(folder: Path) -> str:
             f"After {text(event.get('stage'))}, {judged} are judged right" + (f" ({others})." if others else "."),
         ]
     return "\n".join(lines) + "\n"
+
+
+def first_rows(record: Record) -> list[list[str]]:
+    """The rows of the first table, a cell for each of HEAD; empty where nothing has been measured."""
+    stages, digits, rows = table_stages(record), _digits(record), []
+    for source in record.sources:
+        for stage in stages:
+            found = stage.latest.sources.get(source) if stage.latest else None
+            if found is not None:
+                changes = [_plain(change, digits) for change in (found.since_base, found.since_start)]
+                rows.append([source, _column(stage), fixed(found.loss, digits), *changes])
+    return rows
 
 
 def table_stages(record: Record) -> list[StageRecord]:
@@ -147,8 +150,8 @@ def losses(record: Record) -> str:
     hidden = sum(1 for stage in record.begun if stage.latest) - len(stages)
     note += f" The {hidden} stages before these are not shown." if hidden > 0 else ""
     kind = "losses many" if len(stages) > 3 else "losses"
-    body = f'<table class="{kind}" style="--digits:{digits}"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return section("loss", "Is each source getting better?", note, f'<div class="card wide" tabindex="0">{body}</div>')
+    body = f'<table class="{kind}" style="--digits:{digits}"><thead><tr><th scope="col"><span class="hidden">Source</span></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return section("loss", "Which stage made which source better?", note, region("Held-out loss by source and stage", body))
 
 
 def _cell(stage: StageRecord, source: str, digits: int) -> str:
@@ -205,11 +208,11 @@ def accuracy(record: Record) -> str:
         tried = {count(finite(event.get("samples"))) for event in events}
         head = [
             f"{escape(source)}, {' or '.join(sorted(tried))} samples",
-            "",
+            '<span class="hidden">Judged right, drawn</span>',
             "Judged right",
             *(name.capitalize() for name in _YARDSTICKS.values()),
         ]
-        tables.append(table(head, rows, range(2, 6)))
+        tables.append(table(head, rows, range(2, 6), name=f"Samples of {source} judged right"))
     if not tables:
         return ""
     note = (

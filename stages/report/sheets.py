@@ -1,4 +1,4 @@
-"""The report's previews: sheets of samples, kept inside the page."""
+"""The report's sheets of samples, of a run that wrote its previews as sheets alone."""
 
 from __future__ import annotations
 
@@ -21,30 +21,39 @@ LARGEST_SHEET = 60_000_000
 """Pixels of a preview above which it is left out."""
 
 
-def previews(record: Record) -> str:
+def sheets(record: Record) -> str:
     """The sheet of the last stage, and those before it folded away."""
     events = {text(event.get("file")): event for event in record.events.get("preview", ())}
-    sheets = []
+    shown = []
     for file, event in list(events.items())[-MOST_SHEETS:]:
         where = f"After {text(event.get('stage'))}, step {count(finite(event.get('step')))}"
         picture, problem = _picture(record.folder, file)
         if problem:
-            sheets.append(f'<p class="note">{escape(where)}: {escape(problem)}</p>')
+            shown.append(f'<p class="note">{escape(where)}: {escape(problem)}</p>')
         else:
             alt = escape(f"{where}: for each row the reference, the output, the target and the caption")
-            image = f'<div class="wide" tabindex="0"><img alt="{alt}" {picture}></div>'
-            sheets.append(f'<figure class="sheet"><figcaption>{escape(where)}</figcaption>{image}</figure>')
-    if not sheets:
+            image = f'<div class="wide" role="region" aria-label="{escape(where)}" tabindex="0"><img alt="{alt}" {picture}></div>'
+            shown.append(f'<figure class="sheet"><figcaption>{escape(where)}</figcaption>{image}</figure>')
+    if not shown:
         return ""
     note = "Held-out rows at fixed seeds, the same in every stage: reference, output, and target."
-    earlier = folded(f"Earlier ({len(sheets) - 1})", "".join(reversed(sheets[:-1]))) if len(sheets) > 1 else ""
-    return section("previews", "What it draws", note, sheets[-1] + earlier)
+    earlier = folded(f"Earlier ({len(shown) - 1})", "".join(reversed(shown[:-1]))) if len(shown) > 1 else ""
+    return section("previews", "What it draws", note, shown[-1] + earlier)
+
+
+def file_in(folder: Path, file: str) -> Path | None:
+    """A file of the run's folder by the name that an event gives it; None if there is none, or it lies outside."""
+    try:
+        path = (folder / file.replace("\0", "")).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, ValueError):  # a name that is too long, or that no file system could have
+        return None
 
 
 def _picture(folder: Path, file: str) -> tuple[str, str]:
     """Attributes of an <img> that holds a preview, or why it cannot be shown. A large sheet is made smaller."""
-    path = (folder / file.replace("\0", "")).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+    path = file_in(folder, file)
+    if path is None:
         return "", f"{file} is not in the run folder."
     data, kind = path.read_bytes(), "png"
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:

@@ -1,0 +1,1 @@
+"""The Hub: what a run sends there in the background, and what is fetched from it."""

@@ -1,0 +1,77 @@
+"""Log a leg: what the steps since the last line brought, from all processes' counts, into metrics.jsonl and onto the console."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+from stages.compiled import counted
+from stages.leg import Leg, TrainingError
+from stages.optim import found_step_size
+from stages.sent import sent
+from stages.time_left import Pace
+from stages.window import Window
+
+
+def log_leg(leg: Leg, learning_rate: float, norm: Tensor) -> None:
+    """Write and show a line. Every process takes part. Raises TrainingError if the loss is no number."""
+    run, stage, window, names = leg.run, leg.stage, leg.window, list(leg.mixture.asked)
+    device = run.accelerator.device
+    sums = window.sum_up(names, device)
+    counts = torch.tensor([window.tokens, *(window.images.get(name, 0) for name in names), *(leg.images.get(name, 0) for name in names)], dtype=torch.float64)
+    flat = torch.cat([sums, sent(counts, device)])
+    flat = reduce(flat, reduction="sum") if run.accelerator.num_processes > 1 else flat
+    errors, by_noise, (total, tokens), in_window, in_all = _cut(flat.tolist(), len(names), 20, 2, len(names), len(names))
+    numbers = list(zip(errors, in_window, in_all, strict=True))
+    images = sum(row[1] for row in numbers)
+    if not math.isfinite(total):
+        raise TrainingError(f"stage '{stage.name}': the loss is {total} since a step at or before {leg.step}; the last checkpoint stands. Lower the rate, or choose another precision")
+    seconds = time.monotonic() - window.began
+    record: dict[str, Any] = {
+        "event": "step",
+        "stage": stage.name,
+        "step": leg.step,
+        "loss": total / images,
+        "lr": learning_rate,
+        "grad_norm": length if math.isfinite(length := float(norm)) else None,
+        "images": images / window.steps,
+        "tokens": tokens / window.steps,
+        "images_per_second": images / seconds,
+        "tokens_per_second": tokens / seconds,
+        "data_wait": window.waited / seconds,
+        "memory_bytes": leg.memory_bytes(),
+        "multiplied_in": leg.multiplied,
+        "loss_by_noise": [error / count if count else None for error, count in zip(by_noise[:10], by_noise[10:], strict=True)],
+        "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
+        "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
+    }
+    if stage.precision == "fp16":
+        record |= {"loss_scale": leg.precision.scaler.get_scale(), "skipped": leg.skipped}
+    if (step_size := found_step_size(leg.training.optimizer)) is not None:
+        record["step_size"] = step_size
+    run.log.write(record)
+    run.log.line(record, Pace(leg.index, seconds / window.steps, leg.evaluation_seconds), leg.mixture.order)
+    leg.warn_of_cache()
+    if stage.compile and not leg.passed_limit and (found := counted()).passed_limit:
+        leg.passed_limit = True
+        run.log.warn(f"after {found.graphs} compiled graphs no more are made: shapes that none of them fits run uncompiled; ask for fewer resolutions or aspects, or leave `compile` out", stage.name, leg.step)
+    for message in leg.lanes.take_waits():
+        run.log.write({"event": "warning", "stage": stage.name, "step": leg.step, "message": message})
+    leg.window = Window(time.monotonic())
+    leg.check_rows()
+    run.log.hear(run.processes)
+
+
+def _cut(values: Sequence[float], *lengths: int) -> list[list[float]]:
+    """Numbers in pieces of these lengths."""
+    pieces, begin = [], 0
+    for length in lengths:
+        pieces.append(list(values[begin : begin + length]))
+        begin += length
+    return pieces

@@ -1,0 +1,1 @@
+"""Trackers: what draws curves of a run."""
