@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
-.PHONY: quickstart quickstart-short rehearse test processes docs families clean
+.PHONY: quickstart quickstart-short rehearse test processes faults docs families clean
 
 quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
 	$(BIN)/python plans/digits.py data/digits
@@ -31,8 +31,12 @@ test: .venv/installed-dev  ## lint, types, tests
 processes: .venv/installed-dev  ## real launchers: faults on one process of two, two launchers as of two machines, other ways to shard; ten minutes
 	$(BIN)/python -m pytest tests/test_processes.py tests/test_fsdp.py -m slow --quiet
 
-docs: .venv/installed-dev  ## write docs/plan.md and docs/plan.schema.json anew
+faults: .venv/installed-dev  ## broken data, plans nobody would write, files that lie: what was done, how often, and how often it was survived
+	cd tests && ../$(BIN)/python -m faults
+
+docs: .venv/installed-dev  ## write docs/plan.md, docs/plan.schema.json and docs/dependencies.md anew
 	$(BIN)/python -m stages.plan_docs
+	$(BIN)/python tests/dependencies.py
 
 # The table says FAILED where a test fails, so it is written all the same; make ends with an error then.
 FAMILY_TESTS := tests/test_flux.py $(sort $(wildcard tests/test_family_*.py)) tests/test_pyramid.py tests/test_regions.py tests/test_region_pipeline.py tests/test_comfyui.py tests/test_peft_layout.py
