@@ -31,7 +31,7 @@ test: .venv/installed-dev  ## lint, types, tests
 processes: .venv/installed-dev  ## real launchers: faults on one process of two, two launchers as of two machines, other ways to shard; ten minutes
 	$(BIN)/python -m pytest tests/test_processes.py tests/test_fsdp.py -m slow --quiet
 
-faults: .venv/installed-dev  ## broken data, plans nobody would write, files that lie: what was done, how often, and how often it was survived
+faults: .venv/installed-dev  ## broken data, plans nobody would write, files that lie, runs that are killed: what was done, how often, and how often it was survived
 	cd tests && ../$(BIN)/python -m faults
 
 docs: .venv/installed-dev  ## write docs/plan.md, docs/plan.schema.json and docs/dependencies.md anew

@@ -136,6 +136,8 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
             run.log.start_trackers()
         if plan.publish is not None and accelerator.is_main_process:
             run.hub = Hub(folder, plan.publish, run.log)
+            if newest is not None:  # a former launch may have ended between saving it and having it sent
+                run.hub.put_checkpoint()
         processes.wait()
         run.log.start_view()
         try:

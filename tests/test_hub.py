@@ -303,6 +303,21 @@ def test_a_killed_run_goes_on_from_the_hub_in_an_empty_folder_and_ends_bit_equal
     assert server.strange == []
 
 
+def _die_before_the_last_is_put(self: stages.hub.run.Hub) -> None:
+    if (self._folder / "stages" / "2-refine" / "step-000006").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    _put(self)
+
+
+def test_a_checkpoint_that_a_killed_run_had_saved_and_not_yet_put_is_sent_by_the_next_launch(world: Path, tmp_path: Path, server: HubServer) -> None:
+    plan, run = write_plan(tmp_path / "tiny.yaml", plan_with(world, checkpoints=True)), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.hub.run.Hub, "put_checkpoint", _die_before_the_last_is_put)
+        assert launch([str(plan), "--out", str(run)], output=tmp_path / "log") == [-signal.SIGKILL], (tmp_path / "log").read_text()
+    assert launch([str(plan), "--out", str(run)], output=tmp_path / "log") == [0], (tmp_path / "log").read_text()
+    assert json.loads(on_hub(server, "checkpoints")[MARKER])["checkpoint"] == "the checkpoint of 'refine', step 6"
+
+
 def test_a_folder_with_checkpoints_of_its_own_is_not_fetched_into(sent: tuple[Path, HubServer, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hub.main(["fetch", REPO, "--out", str(sent[0])]) == 1
     assert "holds checkpoints of its own; give another folder by --out" in capsys.readouterr().err

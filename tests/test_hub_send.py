@@ -126,6 +126,21 @@ def test_jobs_go_in_their_order_and_of_checkpoints_only_the_newest(hub: HubServe
     assert [entry["mark"] for entry in sending.outbox.sent()] == ["3", "a"]
 
 
+def test_a_checkpoint_gives_way_only_once_the_newer_one_lies_there(sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
+    sending.checkpoint(1, metrics__jsonl="1")
+
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sending.checkpoint(2, metrics__jsonl="2")
+    assert [job.parcel.mark for job in sending.outbox.jobs()] == ["1"]
+    sending.checkpoint(2, metrics__jsonl="2")
+    assert [job.parcel.mark for job in sending.outbox.jobs()] == ["2"]
+
+
 def test_what_was_sent_last_is_not_put_into_the_outbox_again(hub: HubServer, sending: Sending) -> None:
     sending.put(mark="a", a__json="{}")
     sending.put(mark="a", a__json="{}")

@@ -110,9 +110,6 @@ class Outbox:
         newest = waiting[-1].parcel.mark if waiting else last["mark"] if last else None
         if newest == parcel.mark:
             return None
-        for job in waiting if parcel.kind == "checkpoint" else ():
-            if not job.is_taken:  # a slow line would have old checkpoints fill the disk
-                self.remove(job)
         number = 1 + max([job.number for job in self.jobs()] + [entry["number"] for entry in self.sent()], default=0)
         place, partial = self._jobs / f"{number:06d}-{parcel.kind}", self._jobs / f".{number:06d}.partial"
         try:
@@ -124,6 +121,9 @@ class Outbox:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         partial.rename(place)
+        for job in waiting if parcel.kind == "checkpoint" else ():  # only now: killed before, nothing would be left to send
+            if not job.is_taken:  # a slow line would have old checkpoints fill the disk
+                self.remove(job)
         return Job(place, parcel)
 
     def jobs(self) -> list[Job]:
