@@ -79,7 +79,7 @@ def test_kind_that_ends_its_process_or_takes_too_much_is_lost_and_the_next_is_do
     assert [kind.name for kind in found] == [kind.name for kind in kinds]
     lost = {kind.name: " ".join(kind.lost) for kind in found}
     assert lost["ends"] == "it ends the process"
-    assert lost["takes"].startswith("it took 1")
+    assert lost["takes"].startswith("it took 1") or "MemoryError" in lost["takes"]  # it is measured, or the limit on the process's addresses has come first
     assert "ZeroDivisionError" in lost["raises"]
     assert lost["good"] == lost["also good"] == ""
 

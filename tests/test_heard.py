@@ -48,7 +48,8 @@ def test_what_is_heard_before_anyone_is_told_waits() -> None:
 
 def test_a_librarys_own_handler_is_silent_while_somebody_listens_and_speaks_again_after(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("diffusers")
-    own, propagates = logging.StreamHandler(sys.stderr), logger.propagate
+    own, propagates, level = logging.StreamHandler(sys.stderr), logger.propagate, logger.level
+    logger.setLevel(logging.WARNING)  # another test may have asked it for errors alone
     logger.addHandler(own)
     logger.propagate = False
     try:
@@ -61,6 +62,7 @@ def test_a_librarys_own_handler_is_silent_while_somebody_listens_and_speaks_agai
     finally:
         logger.removeHandler(own)
         logger.propagate = propagates
+        logger.setLevel(level)
     assert [remark.text for remark in told] == ["inside"]
     assert capsys.readouterr().err == "after\n"
 

@@ -117,7 +117,7 @@ def test_run_killed_and_gone_on_with_two_four_and_one_processes_ends_as_that_of_
     plan, count = short_plan(world), int((world / "count").read_text())
     seen = []
     for share, number in enumerate((1, 2, 4), 1):
-        carry_out(tmp_path / "moved", plan, "--trace", processes=number, kill_at=count // 5 + share)
+        carry_out(tmp_path / "moved", plan, "--trace", processes=number, kill_at=count // 4 + share)
         seen.append(len(traced(tmp_path / "moved")))
     assert seen == sorted(set(seen)), "each of them came further"
     carry_out(tmp_path / "moved", plan, "--trace")

@@ -155,7 +155,7 @@ def test_killed_run_over_every_kind_of_source_ends_as_the_undisturbed_one(
     count = int((tmp_path / "count").read_text())
     stood = []
     for number in range(4):
-        carry_out(killed, plan, "--trace", processes=processes, kill_at=count // 5 + 3 * number)
+        carry_out(killed, plan, "--trace", processes=processes, kill_at=count // 4 + 3 * number)
         stood.append(steps_of(killed))
     assert all(before != after for before, after in pairwise(stood)), stood
     assert stood[-1][-1].startswith("2-second/"), stood
