@@ -16,6 +16,7 @@ from stages.explain import ModelFacts
 from stages.families.base import targets_in, unread_in
 from stages.families.open import ARCHITECTURES
 from stages.feed import Sizes
+from stages.hub.reach import hub_answers
 from stages.placed import placed_adapters
 from stages.plan import Model, Plan
 from stages.storage import left_plain, stored_bytes
@@ -30,7 +31,8 @@ def model_facts(plan: Plan) -> ModelFacts | None:
     folder = settings.repo
     if not os.path.isdir(folder):
         try:
-            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=["model_index.json", "*/config.json", "*/tokenizer_config.json", "*/scheduler_config.json"])
+            wanted = ["model_index.json", "*/config.json", "*/tokenizer_config.json", "*/scheduler_config.json"]
+            folder = snapshot_download(settings.repo, revision=settings.revision, allow_patterns=wanted, local_files_only=not hub_answers())
         except (OSError, ValueError):  # unreachable, gated, no such model
             return None
     model = read_folder(folder)

@@ -37,6 +37,8 @@ def quiet_libraries(verbosity: Literal["error", "warning"] = "error") -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # No transformer of diffusers writes into what a block gives: all ten families learn sharded what they learn whole (tests/test_fsdp.py).
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    # diffusers 0.42.1 still asks huggingface_hub 2.4 for what it has given up.
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     # Whether a file is read Medley says itself, by the file's name; Pillow 12.3 remarks upon damaged EXIF and large sizes without one.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     from diffusers.utils import logging as diffusers_logging

@@ -15,6 +15,7 @@ from stages.digests import file_digest
 from stages.families.base import Architecture
 from stages.families.facts import PIPELINES, UnsuitableModel, check_parts
 from stages.families.family import Family
+from stages.hub.reach import hub_answers
 from stages.plan import Model
 from stages.problems import PlanError
 
@@ -62,7 +63,8 @@ def open_family(model: str | Model, device: torch.device, digest: Callable[[Path
     """
     settings = model if isinstance(model, Model) else Model(repo=model)
     try:
-        index = DiffusionPipeline.load_config(settings.repo, revision=settings.revision)
+        is_away = not Path(settings.repo).is_dir() and not hub_answers()
+        index = DiffusionPipeline.load_config(settings.repo, revision=settings.revision, local_files_only=is_away)
         check_parts(index)
         name = str(index["_class_name"])
         if name not in PIPELINES:

@@ -84,10 +84,14 @@ class Outbox:
     def open(self) -> None:
         """Make the folder, and give the run its name among the runs that a repository may have seen."""
         self._jobs.mkdir(parents=True, exist_ok=True)
-        for leftover in self._jobs.glob(".*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.tidy()
         if not self._sent.exists():
             self.rename(secrets.token_hex(8))  # an identity decides nothing of what is learnt
+
+    def tidy(self) -> None:
+        """Take away what a process that was ended left half made or half taken out."""
+        for leftover in self._jobs.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def rename(self, run: str) -> None:
         """Go on under the name of the run that was fetched from the Hub."""

@@ -143,6 +143,7 @@ class Hub:
         self._closing = True
         self._sender.terminate()
         self._sender.wait()
+        self._outbox.tidy()
         self._reader.join(LEAVE)
         if self._sender.stdin is not None:
             with suppress(BrokenPipeError):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from stages.families.facts import KNOWN, PIPELINES
+from stages.hub.reach import SECONDS, hub_answers
 from stages.paths import place_of, read_json
 from stages.plan import Model, Plan
 from stages.problems import PlanError, nearest, quoted
@@ -18,7 +16,6 @@ from stages.problems import PlanError, nearest, quoted
 LARGEST_OWN = 64 * 2**20
 """Bytes: a model in a folder of at most so many is rehearsed with itself."""
 
-_SECONDS = 5.0  # that the Hub may take to answer
 _CONFIGS = ("model_index.json", "transformer/config.json")
 
 Config = Mapping[str, object]
@@ -126,31 +123,15 @@ def _of_hub(model: Model, name: str) -> Config:
     from huggingface_hub import hf_hub_download
 
     for is_here in (True, False):
-        if not is_here and not _hub_answers():
+        if not is_here and not hub_answers():
             break
         try:
-            file = hf_hub_download(model.repo, name, revision=model.revision, etag_timeout=_SECONDS, local_files_only=is_here)
+            file = hf_hub_download(model.repo, name, revision=model.revision, etag_timeout=SECONDS, local_files_only=is_here)
         except (OSError, ValueError):  # not here; gated, no such model, no such name
             continue
         config = read_json(file)
         return {} if isinstance(config, str) else config
     return {}
-
-
-@cache
-def _hub_answers() -> bool:
-    """Whether the Hub can be reached. Asked for itself first, for a download tries again for half a minute (huggingface_hub 1.x)."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
 
 
 def _bytes_below(folder: Path) -> int:
