@@ -13,13 +13,13 @@ from pathlib import Path
 from stages.report.charts import bullet
 from stages.report.curves import MOST_STAGES, colour
 from stages.report.page import count, fixed, percent, region, section, signed, table
+from stages.report.paired import GLYPHS, decimals, said_change
 from stages.report.record import Change, Record, StageRecord, read_record
 from stages.report.values import Event, finite, text
 
 _SINCE = "since the base", "since its start"
 HEAD = ("source", "stage", "held-out loss", *_SINCE)
 LEGEND = "▼ lower, so better; ▲ higher, so worse; by more than three standard errors. · no clear change. ± is one standard error."
-_GLYPHS = {"better": "▼", "worse": "▲", "": "·"}
 _YARDSTICKS = {"judge_on_real": "real images", "shuffled_captions": "shuffled captions", "untrained": "untrained model"}
 
 
@@ -57,7 +57,7 @@ def first_rows(record: Record) -> list[list[str]]:
         for stage in stages:
             found = stage.latest.sources.get(source) if stage.latest else None
             if found is not None:
-                changes = [_plain(change, digits) for change in (found.since_base, found.since_start)]
+                changes = [said_change(change, digits) for change in (found.since_base, found.since_start)]
                 rows.append([source, _column(stage), fixed(found.loss, digits), *changes])
     return rows
 
@@ -99,23 +99,10 @@ def _markdown(row: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _plain(change: Change | None, digits: int) -> str:
-    return (
-        f"{_GLYPHS[change.verdict]} {signed(change.value, digits)} ± {fixed(change.error, digits)}" if change else "–"
-    )
-
-
 def _digits(record: Record) -> int:
-    """Decimals of the first table, between 3 and 5: one digit of the smallest standard error."""
-    errors = [
-        change.error
-        for stage in record.begun
-        if stage.latest
-        for found in stage.latest.sources.values()
-        for change in (found.since_base, found.since_start)
-        if change and change.error > 0
-    ]
-    return min(5, max(3, -math.floor(math.log10(min(errors))))) if errors else 4
+    """Decimals of the first table."""
+    found = [measured for stage in record.begun if stage.latest for measured in stage.latest.sources.values()]
+    return decimals(change for measured in found for change in (measured.since_base, measured.since_start))
 
 
 def _column(stage: StageRecord) -> str:
@@ -171,7 +158,7 @@ def _marked(change: Change | None, digits: int) -> str:
     if change is None:
         return '<span class="soft">–</span>'
     said = change.verdict or "no clear change"
-    mark = f'<span class="mark {change.verdict}" title="{said}" aria-hidden="true">{_GLYPHS[change.verdict]}</span>'
+    mark = f'<span class="mark {change.verdict}" title="{said}" aria-hidden="true">{GLYPHS[change.verdict]}</span>'
     error = f'<span class="error"> ± {fixed(change.error, digits)}</span>'
     return f'{mark}<span class="{change.verdict}">{signed(change.value, digits)}</span>{error}<span class="hidden"> {said}</span>'
 
