@@ -3,7 +3,7 @@ BIN := .venv/bin
 # accelerate would set two threads for two cores, and say so at length; Medley uses one for each process.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 
-.PHONY: quickstart quickstart-short rehearse test processes faults docs families clean
+.PHONY: quickstart quickstart-short rehearse test processes faults faults-whole audit docs families clean
 
 quickstart: .venv/installed  ## train the quickstart from scans to a published adapter
 	$(BIN)/python plans/digits.py data/digits
@@ -33,6 +33,12 @@ processes: .venv/installed-dev  ## real launchers: faults on one process of two,
 
 faults: .venv/installed-dev  ## broken data, plans nobody would write, files that lie, runs that are killed: what was done, how often, and how often it was survived
 	cd tests && ../$(BIN)/python -m faults
+
+faults-whole: .venv/installed-dev  ## all of it, in hours, and the table of docs/reliability.md
+	cd tests && ../$(BIN)/python -m faults --whole && ../$(BIN)/python -m faults --write
+
+audit: .venv/installed  ## known holes of what Medley stands on; says so where the database cannot be asked
+	$(BIN)/python tests/audit.py
 
 docs: .venv/installed-dev  ## write docs/plan.md, docs/plan.schema.json and docs/dependencies.md anew
 	$(BIN)/python -m stages.plan_docs

@@ -21,14 +21,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from stages.check import check_plan, plan_notes
+from stages.console import end_console
 from stages.plan import Plan, Stage
+from stages.printable import PrintableConsole, printable
 from stages.problems import PlanError, RowsError, RunError
 from stages.reader import ReadPlan, read_plan
 from stages.resolved import resolved_plan, resolved_rate
@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.check:
             stages = ", ".join(f"{stage.name} ({stage.steps:,} steps)" for stage in read.plan.stages)
             for note in plan_notes(read, Path.cwd()):
-                print(f"note: {note}")
-            print(f"{given.plan}: sound; {len(read.plan.sources)} sources; stages: {stages}")
+                print(f"note: {printable(note)}")
+            print(f"{printable(given.plan)}: sound; {len(read.plan.sources)} sources; stages: {stages}")
             return 0
         if given.explain:
             from stages.quiet import quiet_libraries
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet_libraries()
             from stages.explain import explain_run, show
 
-            show(explain_run(read.plan), Console())
+            show(explain_run(read.plan), PrintableConsole())
             return 0
         if given.advise:
             from stages.advise import advise, show_advice
 
-            show_advice(advise(given.out or Path("runs") / read.plan.name), Console())
+            show_advice(advise(given.out or Path("runs") / read.plan.name), PrintableConsole())
             return 0
         if given.verify_cache:
             from stages.quiet import quiet_libraries
@@ -89,11 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet_libraries()
             from stages.verify_cache import verify_cache
 
-            return 0 if verify_cache(read.plan, Console()) else 1
+            return 0 if verify_cache(read.plan, PrintableConsole()) else 1
         return launch(read.plan, out=given.out, until=given.until, trace=given.trace)
     except (PlanError, RunError) as error:
         say_failure(error)
         return 2 if isinstance(error, PlanError) else 1
+    finally:
+        end_console()
 
 
 def say_failure(error: PlanError | RunError) -> None:
@@ -102,7 +104,8 @@ def say_failure(error: PlanError | RunError) -> None:
     if rank != "0" and not isinstance(error, RowsError):
         time.sleep(FIRST_SPEAKS)
     who = " ".join(filter(None, ("" if rank == "0" else f"process {rank}", "failed" if isinstance(error, RunError) else "")))
-    print(f"{who}: {error}" if who else error, file=sys.stderr, flush=True)
+    with suppress(OSError):  # which may lie on the very disk that is full
+        print(printable(f"{who}: {error}" if who else error), file=sys.stderr, flush=True)
 
 
 def checked(path: str | Path, settings: Sequence[str] = ()) -> ReadPlan:
@@ -124,7 +127,7 @@ def rehearsed(path: Path, settings: Sequence[str], out: Path | None) -> int:
 
     read = checked_but_for_places(path, settings)
     try:
-        return 1 if rehearse(read, out or Path("runs") / f"{read.plan.name}-rehearsal", Console()).failed else 0
+        return 1 if rehearse(read, out or Path("runs") / f"{read.plan.name}-rehearsal", PrintableConsole()).failed else 0
     except KeyboardInterrupt:
         return 130
 
@@ -157,39 +160,53 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
     from stages.quiet import listen_to_libraries
 
     heard = listen_to_libraries()
+    from stages.aside import Stopped
     from stages.dry_step import dry_steps
     from stages.finish import finish, leave, publish_so_far
     from stages.memory import lasting
+    from stages.open_files import allow_many
     from stages.open_run import open_run
 
-    with closing(heard), open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace, heard=heard) as run, lasting():
-        dry_steps(run)
-        for index, stage in enumerate(run.plan.stages):
-            last = run.finished(index) or train_stage(run, index, stage)
-            if last is None:
-                return leave(run)
-            run.baton_from(last)
-            publish_so_far(run, index)  # where the plan sends it to the Hub after each stage
-            if run.stop.agreed(run.accelerator):
-                return leave(run)
-            if stage.name == until and index + 1 < len(run.plan.stages):
-                break
-        else:
-            finish(run)
+    allow_many()
+    try:
+        with closing(heard), open_run(resolved_plan(plan), out or Path("runs") / plan.name, trace=trace, heard=heard) as run, lasting():
+            dry_steps(run)
+            for index, stage in enumerate(run.plan.stages):
+                last = run.finished(index) or train_stage(run, index, stage)
+                if last is None:
+                    return leave(run)
+                run.baton_from(last)
+                publish_so_far(run, index)  # where the plan sends it to the Hub after each stage
+                if run.stop.agreed(run.accelerator):
+                    run.log.say(f"stopped by {run.stop.name} after stage '{stage.name}', saved; the same command goes on")
+                    return leave(run)
+                if stage.name == until and index + 1 < len(run.plan.stages):
+                    break
+            else:
+                finish(run)
+    except Stopped as stopped:  # while the run was opened
+        print(f"stopped by {stopped.name} before a step was made; the same command goes on")
+        return stopped.exit_code
     return 0
 
 
 def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
+    from stages.aside import Stopped
     from stages.finish_leg import finish_leg
     from stages.log_leg import log_leg
     from stages.objectives.parts import errors_and_losses
     from stages.open_leg import open_leg
     from stages.precision import Multiplied
     from stages.save_leg import save_leg
+    from stages.weigh_leg import weigh_leg
 
     rate = resolved_rate(stage)
-    leg = open_leg(run, index, stage)
+    try:
+        leg = open_leg(run, index, stage)
+    except Stopped:
+        run.log.say(f"stopped by {run.stop.name} before a step of '{stage.name}' was made; the same command goes on")
+        return None
     family, training, processes = run.family, leg.training, run.accelerator.num_processes
 
     with closing(leg.lanes), closing(leg.stretches()) as stretches:
@@ -225,16 +242,19 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                     leg.count(batch)
 
                 leg.check_gradients()
-                norm, made = training.step(stage.clip)  # fp16 skips a step whose gradients left its range
-                leg.stepped(made)
+                norm = training.clip(stage.clip)
+                # Before a step is made all processes agree on whether every loss and the gradient are numbers; a signal is told of in the same exchange.
+                is_sound = weigh_leg(leg, norm)
+                made = training.step() if is_sound else training.skip()  # fp16 skips a step whose gradients left its range
+                leg.stepped(made, is_sound=is_sound)
 
                 # Every `log_every` steps: one line in metrics.jsonl and on the console, from all processes' counts.
                 if leg.step % run.plan.log_every == 0 or leg.step == stage.steps or leg.step == 1:
-                    log_leg(leg, learning_rate, norm)
-                if run.plan.evaluate.every and leg.step % run.plan.evaluate.every == 0 and leg.step < stage.steps:
-                    leg.follow(leg.evaluate("during"))
-                # A signal is agreed on by all processes; then the step just made is saved and they leave.
-                stopping = run.stop.agreed(run.accelerator)
+                    log_leg(leg, learning_rate)
+                leg.to_evaluate = bool(run.plan.evaluate.every) and leg.step % (run.plan.evaluate.every or 1) == 0 and leg.step < stage.steps
+                with suppress(Stopped):  # a signal breaks it off; it is made when the run goes on
+                    leg.evaluate_if_due()
+                stopping = run.stop.told  # what all processes agree on; then the step just made is saved and they leave
                 if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
                     save_leg(leg)
                 if stopping and leg.step < stage.steps:

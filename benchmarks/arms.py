@@ -21,6 +21,7 @@ from benchmarks.exam import FIRST, examined
 from benchmarks.handed import handed
 from benchmarks.shapes import TASKS
 from stages.feed import Changes
+from stages.log_files import log_lines
 from stages.quiet import quiet_libraries
 
 PLAN: Mapping[str, int] = {"t2i": 50, "subject": 20, "control": 10, "edit": 10, "other": 10}
@@ -182,7 +183,7 @@ class Outcomes:
         began, processor = time.monotonic(), time.process_time()
         carried_out(arm.plan, folder, arm.given)
         seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in log_lines(folder, "metrics")]
         last = next(line for line in reversed(lines) if line["event"] == "eval" and line["kind"] == "end")["sources"]
         pages = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))["stages"]
         images = {task: sum(page["sources"].get(task, {}).get("images", 0) for page in pages) for task in TASKS}

@@ -21,6 +21,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import train
+from stages.log_files import log_lines
 
 TOKENS = 32 * (16 + 8)
 """Of a step: 32 images of 8 x 8 pixels at 16 tokens, and 8 for each prompt."""
@@ -54,7 +55,7 @@ def measured(folder: Path, arm: str, steps: int, seed: int, sampling: int) -> di
     shutil.rmtree(run, ignore_errors=True)
     began = time.monotonic()
     train.run(file, out=run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in log_lines(run, "metrics")]
     last = next(line for line in reversed(lines) if line["event"] == "eval" and line["kind"] == "end")["sources"]["digits"]
     step = next(line for line in reversed(lines) if line["event"] == "step")
     judged = next(line for line in lines if line["event"] == "accuracy")

@@ -43,6 +43,7 @@ from benchmarks.step_model import FLUX, Size, build_flux, build_tiny, make_image
 from benchmarks.timed import Timed, read_timed
 from benchmarks.turns import in_turns
 from stages.adapter import adapter_weights, lora_layers
+from stages.log_files import log_lines
 from stages.objectives import flow
 from stages.open_leg import open_leg
 from stages.open_run import open_run
@@ -237,7 +238,7 @@ def _now(device: torch.device) -> float:
 
 def logged_losses(run: Path) -> dict[int, float]:
     """What a run logged: to the number of a step, the mean loss of all steps since the line before."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in log_lines(run, "metrics")]
     return {int(line["step"]): float(line["loss"]) for line in lines if line["event"] == "step"}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mixing.plain_file import open_plain
+
 KEY_BYTES = 16
 """Bytes of a key and of a content hash. Among 1e9 keys of 128 bits, two are equal with a chance of 1e-21."""
 
@@ -18,7 +20,7 @@ def content_hash(data: bytes | Path) -> bytes:
     if isinstance(data, bytes):
         digest.update(data)
         return digest.digest()
-    with data.open("rb") as file:
+    with open_plain(data) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.digest()

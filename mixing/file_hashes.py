@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mixing.content import content_hash
 from mixing.index import is_fresh
+from mixing.plain_file import read_plain
 
 _MOST = 16_384  # files remembered, at some 300 bytes each; with more all are forgotten, and it costs a read each
 
@@ -29,7 +30,7 @@ class FileHashes:
         if known is not None and known[0] == told_by:
             return known[1], None
         is_settled = not is_fresh(max(status.st_mtime_ns, status.st_ctime_ns))
-        content = path.read_bytes()
+        content = read_plain(path)
         found = content_hash(content)
         if is_settled:
             if len(self._known) >= _MOST:

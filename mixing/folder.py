@@ -17,6 +17,7 @@ from mixing.bad_rows import RowError, SourceError, shown
 from mixing.file_rows import FileRows, file_rows
 from mixing.images import SUFFIXES
 from mixing.index import FRESH, State, is_fresh, state
+from mixing.plain_file import read_plain
 from mixing.records import MOST_TEXT, records
 from mixing.rows import Found, Good, Stored
 from mixing.tasks import TASKS, Asked, Cells, Columns, choose_columns, to_cells
@@ -321,7 +322,7 @@ def _caption(file: Path) -> str:
     if (size := file.stat().st_size) > MOST_TEXT:
         raise RowError(f"its caption {file.name!r} has {size:,} bytes; at most {MOST_TEXT:,} are read")
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_plain(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RowError(
             f"its caption {file.name!r} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8"

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixing.bad_rows import SourceError
+from mixing.plain_file import open_plain, read_plain
 from mixing.rows import Stored
 
 FORMAT = 2  # 1 did not say how many regions a row has
@@ -81,7 +82,7 @@ def place_of(index: Path, *declared: object) -> Path:
 def read_entry(place: Path) -> Entry | None:
     """The entry at a place; None if there is none, or it is damaged, torn or foreign."""
     try:
-        written = json.loads((place / _FACTS).read_text(encoding="utf-8"))
+        written = json.loads(read_plain(place / _FACTS))
         if written["format"] != FORMAT or written["hash"] != _hash_of_facts(written):
             return None
         for name, expected in written["files"].items():
@@ -163,7 +164,7 @@ def _mapped(path: Path) -> Stored:
 
 def _hash(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -133,6 +133,7 @@ class Order:
     def _lay_out(self, asked: Sequence[tuple[int, Sequence[Fraction]]], *, grows: bool) -> None:
         """Segment after segment: what one has given too much or too little the next one makes good, so that errors do not add up."""
         assert asked[0][0] == 0
+        self._first_steps = np.asarray([first for first, _ in asked], dtype=np.int64)
         shares = [[weight / sum(weights) for weight in weights] for _, weights in asked]
         mean = shares[0] if grows else [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
         # Sources share micro-batches, or each has its own: whichever keeps the shares closer. With one signature that is sharing them. A level may be off
@@ -158,7 +159,7 @@ class Order:
 
     def _segment_at(self, steps: Integers) -> Integers:
         """Which segment steps, or the edges before them, belong to; an edge between two belongs to the earlier."""
-        return np.maximum(np.searchsorted([segment.first_step for segment in self._segments], steps, side="left") - 1, 0)
+        return np.maximum(np.searchsorted(self._first_steps, steps, side="left") - 1, 0)
 
     def asked(self, steps: int) -> dict[str, float]:
         """The share of each source that was asked for over the first `steps` steps of the stage, counted in images; of the first one's if that is 0."""

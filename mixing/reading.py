@@ -18,6 +18,7 @@ from mixing.buckets import AS_TARGET, RowClass, Signature, Size
 from mixing.content import content_hash
 from mixing.images import UnreadableImage, decode, fit, header_size
 from mixing.keys import key, uniform
+from mixing.plain_file import read_plain
 from mixing.tasks import Cells, Pixels
 
 _SHARED = 2**20  # bytes from which images go by shared memory (figures in docs/log.md)
@@ -202,7 +203,7 @@ def _read(pixels: Pixels, size: Size, view: View, latents: Latents | None) -> Se
     found = latents.get(known_by)
     if found is None and content is None:
         assert isinstance(pixels, Path)
-        content = pixels.read_bytes()
+        content = read_plain(pixels)
         if content_hash(content) != hashed:  # it has changed this very moment
             return _read(content, size, view, latents)
     return Seen(_fitted(content, size, view) if found is None and content is not None else None, found, known_by)

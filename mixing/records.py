@@ -7,9 +7,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
+from io import TextIOWrapper
 from typing import BinaryIO, TextIO
 
 from mixing.bad_rows import SourceError, shown
+from mixing.json_list import JsonListError, list_values
+from mixing.plain_file import open_plain
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 """What the name of a file of records ends in."""
@@ -17,8 +20,8 @@ SUFFIXES = (".jsonl", ".json", ".csv")
 Record = dict[str, object]
 """Column to value."""
 
-LONGEST = 2**24
-"""Bytes of the longest line that is read: a damaged file can be one line of any length."""
+LONGEST = 2**23
+"""Bytes of the longest line that is read, and characters of the longest object of a .json: a damaged file can be one of any length, and in Python eight megabytes can become two hundred."""
 
 MOST_TEXT = 2**20
 """Bytes of the largest file, or member of a tar, that is read as one row's text or fields."""
@@ -83,7 +86,7 @@ def _looked_at(value: object, called: str) -> Record | str:
 
 
 def _lines(file: str) -> Iterator[tuple[int, Record | str]]:
-    with open(file, "rb") as lines:
+    with open_plain(file) as lines:
         for number, line in enumerate(_each_line(lines), 1):
             if line is None:
                 yield number, f"the line is longer than {LONGEST:,} bytes"
@@ -112,18 +115,12 @@ def _object(line: bytes) -> Record | str:
 
 
 def _objects(file: str) -> Iterator[tuple[int, Record | str]]:
-    name = os.path.basename(file)
     try:
-        with open(file, encoding="utf-8-sig") as text:
-            value = json.load(text, object_pairs_hook=_pairs)
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{name} is not JSON: {error}; one object a line is a .jsonl") from error
-    if not isinstance(value, list):
-        raise SourceError(f"{name} is JSON, but not a list of objects [{{...}}, {{...}}]; write one, or a .jsonl")
-    for number, each in enumerate(value, 1):
-        yield number, _looked_at(each, "it")
+        with open_plain(file) as opened:
+            for number, value in enumerate(list_values(opened, LONGEST, _pairs), 1):
+                yield number, _looked_at(value, "it")
+    except JsonListError as error:
+        raise SourceError(f"{os.path.basename(file)} {error}") from error
 
 
 def _rows(file: str, numbers: Collection[str]) -> Iterator[tuple[int, Record | str]]:
@@ -145,7 +142,7 @@ def _rows(file: str, numbers: Collection[str]) -> Iterator[tuple[int, Record | s
 
 def _cells(file: str) -> Iterator[tuple[int, list[str] | str]]:
     """The cells of every line that is not blank, by the line's number, or what is wrong with it."""
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with TextIOWrapper(open_plain(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         lines = _Lines(text)
         reader = csv.reader(lines, strict=True)
         while True:

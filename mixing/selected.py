@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixing.bad_rows import BadRow, RowError, UnreadableRow
+from mixing.bad_rows import BadRow, RowError, SourceError, UnreadableRow
 from mixing.buckets import RowClass, class_of, classify, stream_class
 from mixing.captions import CaptionRules
 from mixing.images import UnreadableImage, header_size
@@ -189,11 +190,16 @@ def _prompts(source: Source) -> Any:
 
 
 def _on_disk(rows: RowNumbers, file: Path) -> RowNumbers:
-    """The same numbers, mapped into memory from a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """The same numbers, mapped into memory from a file. Raises SourceError if it cannot be written."""
     partial_file = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial_file.open("wb") as opened:
-        np.save(opened, rows)
-    partial_file.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file.open("wb") as opened:
+            np.save(opened, rows)
+        partial_file.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial_file.unlink(missing_ok=True)
+        raise SourceError(f"the row numbers in {file.parent} cannot be written: {error.strerror or error}; make room, or choose another folder for the cache") from error
     mapped: RowNumbers = np.load(file, mmap_mode="r")
     return mapped

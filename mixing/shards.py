@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from mixing.bad_rows import RowError
 from mixing.columns import Asked, Columns
+from mixing.plain_file import open_plain
 
 Values = Mapping[str, object]
 """Column to value."""
@@ -77,7 +78,7 @@ def is_remote(file: str) -> bool:
 def open_file(file: str) -> BinaryIO:
     """A file on this machine or the Hub, in which one can seek."""
     if not is_remote(file):
-        return open(file, "rb", buffering=_BUFFER)
+        return open_plain(file, _BUFFER)
     # Not fsspec's read-ahead: a row's members are read once the next header is known, so a step back must not fetch a block anew.
     return cast(BinaryIO, HfFileSystem().open(file, "rb", block_size=_BLOCK, cache_type="blockcache", cache_options={"maxblocks": _BLOCKS}))
 

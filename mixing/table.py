@@ -19,19 +19,22 @@ from huggingface_hub import constants
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from mixing.arrow_rows import check_layout, rows_of
-from mixing.bad_rows import RowError, SourceError
+from mixing.arrow_rows import Values, check_layout, rows_of
+from mixing.bad_rows import RowError, SourceError, shown
 from mixing.folder import locate
 from mixing.index import State, is_fresh, state
 from mixing.patterns import fixed_folder, pattern_files
+from mixing.plain_file import open_plain, read_plain
 from mixing.rows import Found, Good, Stored
+from mixing.saved import outside_of_saved
 from mixing.tasks import Asked, Cells, Columns, choose_columns, nearest, to_cells
 
-_AT_ONCE = 16  # rows taken out of the table together while it is looked through; each may hold megabytes
+_AT_ONCE = 16  # rows taken out of the table together while it is looked through
+_BYTES_AT_ONCE = 2**24  # of their images; a row with more is taken out alone
 _WITHOUT_IMAGES = 1024  # the same, where their images are left out
 
-# What datasets 5.2 and huggingface_hub raise over a dataset that is missing, gated, unreachable or damaged.
-_REFUSED = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+# What datasets 5.2 and huggingface_hub raise over a dataset that is missing, gated, unreachable or damaged. MemoryError: a damaged length asks for any.
+_REFUSED = (OSError, ValueError, RuntimeError, MemoryError, datasets.exceptions.DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,40 @@ class Part:
         if not self.states or any(is_fresh(each.changed) for each in self.states):
             return None
         return " ".join(each.text for each in self.states)
+
+
+@dataclass
+class _AtHand:
+    """Rows of a table that were taken out of it together, since that takes far less time; so many that their images are few megabytes, or one."""
+
+    table: datasets.Dataset
+    images: tuple[str, ...]
+    """The columns that hold images."""
+    left_out: str | None
+    """A column that is not taken out: how many bytes it holds is told instead."""
+    _first: int = 0
+    _rows: Sequence[tuple[Values | str, int | None]] = ()
+
+    def row(self, position: int) -> tuple[Values | str, int | None]:
+        """A row, or what is wrong with it; and how many bytes of it were left out: 0 if it holds a path or nothing there, None if nothing was left out."""
+        if not self._first <= position < self._first + len(self._rows):
+            self._rows = ()  # before others are taken out
+            self._first, self._rows = position, self._taken_out(position)
+        return self._rows[position - self._first]
+
+    def _taken_out(self, position: int) -> list[tuple[Values | str, int | None]]:
+        block = self.table[position : position + (_AT_ONCE if self.left_out is None else _WITHOUT_IMAGES)]
+        left_out = None if self.left_out is None else _num_bytes(block.column(self.left_out))
+        if left_out is not None:
+            return list(zip(rows_of(block.drop_columns([self.left_out])), (each or 0 for each in left_out), strict=True))
+        taken, total = 0, 0
+        lengths = [found for name in self.images if (found := _num_bytes(block.column(name))) is not None]
+        for of_row in zip(*lengths, strict=True):
+            total += sum(each or 0 for each in of_row)
+            if taken and total > _BYTES_AT_ONCE:
+                break
+            taken += 1
+        return [(row, None) for row in rows_of(block.slice(0, taken) if lengths else block)]
 
 
 @dataclass(frozen=True)
@@ -108,22 +145,11 @@ class TableRows:
         return to_cells(row, self.task, self.columns, self.prompt, partial(self._locate, base=base))
 
     def found(self) -> Iterator[Found]:
-        """Every row of the table. Where its columns say how large the target is, the target is left out."""
-        at_once = _WITHOUT_IMAGES if self.has_sizes else _AT_ONCE
-        for start in range(0, len(self.table), at_once):
-            block = self.table[start : start + at_once]
-            num_bytes = _num_bytes(block.column(self.columns.target)) if self.has_sizes else None
-            left_out = [] if num_bytes is None else [self.columns.target]
-            for position, row in enumerate(rows_of(block.drop_columns(left_out)), start):
-                key, base = self._place(position)
-                if isinstance(row, str):
-                    yield Found(key, key, partial(_refuse, row), _unknown)
-                    continue
-                stamp = partial(self._stamp, row, position, bool(left_out))
-                if num_bytes is None:
-                    yield Found(key, key, partial(self._cells, row, base), stamp)
-                else:
-                    yield Found(key, key, partial(self._without_target, row, num_bytes[position - start], position, base), stamp)
+        """Every row of the table. Where its columns say how large the target is, the target is left out. What a row holds is taken out of the table when it is asked for."""
+        at_hand = _AtHand(self.table, self._images(), self.columns.target if self.has_sizes else None)
+        for position in range(len(self.table)):
+            key, base = self._place(position)
+            yield Found(key, key, partial(self._seen, at_hand, position, base), partial(self._stamp, at_hand, position))
 
     def keep(self, good: Iterable[Good]) -> TableRows:
         """The same table, only the good rows used."""
@@ -138,6 +164,23 @@ class TableRows:
         part = self.parts[number]
         return f"{part.name}:{position - (int(self.ends[number]) - part.num_rows)}", part.base
 
+    def _images(self) -> tuple[str, ...]:
+        return (self.columns.target, *self.columns.references, *self.columns.entity_masks)
+
+    def _seen(self, at_hand: _AtHand, position: int, base: str | None) -> Cells:
+        """What a row holds, its target left out if its size is known; else all of it."""
+        row, unread = at_hand.row(position)
+        if isinstance(row, str):
+            raise RowError(row)
+        if unread is None:
+            return self._cells(row, base)
+        if unread:
+            cells = self._cells({**row, self.columns.target: b""}, base)
+            if cells.size is not None:
+                return replace(cells, unread=unread)
+        (whole,) = self.table[position].to_pylist()
+        return self._cells(whole, base)
+
     def _cells(self, row: Mapping[str, object], base: str | None) -> Cells:
         cells = to_cells(row, self.task, self.columns, self.prompt, partial(self._locate, base=base))
         match row.get("height"), row.get("width"):
@@ -146,28 +189,22 @@ class TableRows:
             case _:
                 return cells
 
-    def _stamp(self, row: Mapping[str, object], position: int, is_cut: bool) -> str | None:
+    def _stamp(self, at_hand: _AtHand, position: int) -> str | None:
         """The stamp of the row's part, and the states of the files that the row names."""
         part = self.parts[int(np.searchsorted(self.ends, position, side="right"))]
         stamp = part.stamp()
         if stamp is None or not self.names_files:
             return stamp
-        if is_cut:
+        row, unread = at_hand.row(position)
+        if isinstance(row, str):
+            return None
+        if unread is not None:
             (row,) = self.table[position].to_pylist()
         try:
             files = [state(str(pixels)) for _, pixels in self._cells(row, part.base).images() if isinstance(pixels, Path)]
         except (RowError, OSError):
             return None
         return None if any(is_fresh(each.changed) for each in files) else " ".join([stamp, *(each.text for each in files)])
-
-    def _without_target(self, row: Mapping[str, object], num_bytes: int | None, position: int, base: str | None) -> Cells:
-        """What the row holds, its target left out if its size is known; else all of it."""
-        if num_bytes:
-            cells = self._cells({**row, self.columns.target: b""}, base)
-            if cells.size is not None:
-                return replace(cells, unread=num_bytes)
-        (whole,) = self.table[position].to_pylist()
-        return self._cells(whole, base)
 
     def _locate(self, name: str, base: str | None) -> Path:
         if base is None and not os.path.isabs(name):
@@ -187,7 +224,8 @@ def list_parquet(
     for file in pattern_files(pattern, root):
         try:
             states = (state(file),)
-            num_rows = parquet.read_metadata(file).num_rows
+            with open_plain(file) as opened:
+                num_rows = parquet.read_metadata(opened).num_rows
         except _REFUSED as error:
             raise SourceError(f"{file} is not a readable parquet file: {_said(error)}") from error
         if num_rows:  # datasets 5.2 cannot read a file without rows
@@ -198,6 +236,8 @@ def list_parquet(
         table = datasets.Dataset.from_parquet([glob.escape(file) for file in parts])
     except _REFUSED as error:
         raise SourceError(f"{pattern} cannot be read: {_said(error)}") from error
+    finally:
+        pa.default_memory_pool().release_unused()  # Arrow would keep what a row group took, two and a half times what it holds
     if len(table) != (num_rows := sum(part.num_rows for part in parts.values())):
         raise SourceError(f"{pattern} holds {num_rows} rows and {len(table)} were read; is it still being written?")
     return _rows(table, tuple(parts.values()), (os.path.realpath(folder),), task, columns, prompt, extra)
@@ -239,7 +279,7 @@ def list_saved(
     name, place = os.path.basename(os.path.realpath(folder)), str(folder)
     if os.path.isfile(folder / "dataset_dict.json"):
         try:
-            splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+            splits = json.loads(read_plain(folder / "dataset_dict.json"))["splits"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SourceError(f"{folder / 'dataset_dict.json'} does not name the splits: {_said(error)}; save the dataset again") from error
         if split not in splits:
@@ -247,6 +287,8 @@ def list_saved(
         name, place = split, os.path.join(folder, split)
     elif split != "train":
         raise SourceError(f"split: the dataset saved here has none ('{split}' found); leave it out")
+    if (outside := outside_of_saved(place)) is not None:
+        raise SourceError(f"the dataset saved in {place} names {shown(outside)}, which lies outside of it; save the dataset again")
     try:
         table = datasets.load_from_disk(place)
         check_layout(table.data.table)
@@ -316,14 +358,6 @@ def _names_files(column: pa.ChunkedArray) -> bool:
     return not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind))
 
 
-def _refuse(reason: str) -> Cells:
-    raise RowError(reason)
-
-
-def _unknown() -> None:
-    """The stamp of a row that is looked at each time."""
-
-
 def _states(table: datasets.Dataset) -> tuple[State, ...]:
     """The states of the Arrow files in which a table stands; none if it is held in memory."""
     return tuple(state(str(file["filename"])) for file in table.cache_files)
@@ -331,7 +365,7 @@ def _states(table: datasets.Dataset) -> tuple[State, ...]:
 
 def _arrow(file: str) -> datasets.Dataset:
     """The table in an .arrow file. Raises what `datasets` and pyarrow raise."""
-    with open(file, "rb") as stream:
+    with open_plain(file) as stream:
         is_random_access = stream.read(6) == b"ARROW1"
     if not is_random_access:
         return datasets.Dataset.from_file(file)
@@ -341,4 +375,6 @@ def _arrow(file: str) -> datasets.Dataset:
 def _said(error: BaseException) -> str:
     """What an error says, and what caused it, on one line."""
     said = " ".join(str(error).split())[:400] or type(error).__name__
+    if isinstance(error, MemoryError):
+        said = f"it asks for more memory than there is ({said})"
     return f"{said}: {_said(error.__cause__)}" if error.__cause__ is not None else said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from mixing.bad_rows import RowError, SourceError
 from mixing.images import UnreadableImage, header_size, may_be_image
 from mixing.index import State, is_fresh, state
 from mixing.patterns import fixed_folder, pattern_files
+from mixing.plain_file import open_plain
 from mixing.records import MOST_TEXT
 from mixing.rows import Found, Good, Stored
 from mixing.tar_members import FIRST, Torn, check_tar, choose_members, compression, fields_of, image_members, members, raw_row, split_name
@@ -73,7 +75,13 @@ class Shards:
     def _file(self, shard: int) -> FileIO:
         file = self._open.get(shard)
         if file is None:
-            file = FileIO(self.paths[shard])
+            try:
+                file = FileIO(self.paths[shard])
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+                self._open.clear()  # no more may be open, which is no word on the shard
+                file = FileIO(self.paths[shard])
             while len(self._open) >= _MOST_OPEN:
                 self._open.pop(next(iter(self._open)), None)  # whoever reads from it still holds it open
             self._open[shard] = file
@@ -314,7 +322,7 @@ class _Index:
             seen.add((row, extension))
 
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open_plain(path, 0) as file:
                 check_tar(file, path)
                 found = os.fstat(file.fileno())
                 try:

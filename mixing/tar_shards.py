@@ -14,6 +14,7 @@ from mixing.bad_rows import RowError, SourceError
 from mixing.columns import Asked, Columns
 from mixing.images import may_be_image
 from mixing.patterns import fixed_folder, pattern_files
+from mixing.plain_file import open_plain
 from mixing.records import MOST_TEXT
 from mixing.shards import Row, Values, fingerprint_of, is_remote, open_file, refuse, short_names
 from mixing.tar_members import FIRST, Member, Torn, check_tar, choose_members, fields_of, image_members, members, raw_row, split_name
@@ -67,7 +68,7 @@ def tar_shards(files: Sequence[str], folder: str) -> TarShards:
     for file, name in zip(files, names, strict=True):
         if not is_remote(file):
             try:
-                with open(file, "rb") as content:
+                with open_plain(file) as content:
                     check_tar(content, name)
             except OSError as error:
                 raise SourceError(f"{file} cannot be read: {error.strerror}") from error

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from stages.log_files import log_files
 from stages.problems import PlanError
 from stages.report.page import count, percent
 from stages.report.paired import decimals, said_change
@@ -21,7 +22,7 @@ _STYLES = {"more": "green", "less": "yellow", "keep": "", "none": "dim"}
 
 def advise(folder: Path) -> Advice:
     """What the next stage of a run could draw. Raises PlanError if it was not measured twice inside any of its stages."""
-    if not (folder / "metrics.jsonl").is_file():
+    if not log_files(folder, "metrics"):
         raise PlanError.at(str(folder), "no run lies there, and the advice is read from one; train first, or name its folder with --out")
     advice = advice_of(read_record(folder))
     if advice is None:

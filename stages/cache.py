@@ -53,15 +53,21 @@ class Cache:
         (self.hits if is_hit else self.misses)[kind] += 1
 
     def encode_image(self, key: bytes, image: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """The latents [C, h, w] of an image [3, H, W], on the CPU: kept ones, or those that `encode` makes of [1, 3, H, W], which are kept."""
-        if (found := self.latents.get(key)) is not None:
+        """The latents [C, h, w] of an image [3, H, W], on the CPU: kept ones, or those that `encode` makes of [1, 3, H, W], which are kept if they are numbers."""
+        if (found := self.kept_latents(key)) is not None:
             self.count("latents", True)
-            return found[_LATENTS]
+            return found
         self.count("latents", False)
         latents = encode(image[None])[0].cpu()
-        self.latents.put(key, {_LATENTS: latents})
+        if latents.isfinite().all():
+            self.latents.put(key, {_LATENTS: latents})
         self._stop_together()
         return latents
+
+    def kept_latents(self, key: bytes) -> Tensor | None:
+        """The latents that are kept under a key, or None; those that are no numbers, as a former version may have kept them, are none."""
+        found = self.latents.get(key)
+        return found[_LATENTS] if found is not None and bool(found[_LATENTS].isfinite().all()) else None
 
     def text(self, prompt: str) -> Text | None:
         """A kept encoded prompt, embeds [L, ...], pooled [P], mask [L], on the CPU; None if there is none. With `keep_text` what `TextCache` reads through."""
@@ -70,8 +76,10 @@ class Cache:
         return None if found is None else Text(found[_EMBEDS], found.get(_POOLED), found.get(_MASK))
 
     def keep_text(self, prompt: str, text: Text) -> None:
-        """Keep an encoded prompt, embeds [L, ...], pooled [P], mask [L]."""
-        self.texts.put(text_key(prompt, self.text_identity), text_tensors(text))
+        """Keep an encoded prompt, embeds [L, ...], pooled [P], mask [L], if all of it are numbers."""
+        tensors = text_tensors(text)
+        if all(bool(value.isfinite().all()) for value in tensors.values()):
+            self.texts.put(text_key(prompt, self.text_identity), tensors)
         self._stop_together()
 
     def flush(self) -> None:

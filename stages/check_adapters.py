@@ -109,8 +109,11 @@ def _way(read: ReadPlan, index: int, stage: Stage, *, taught: bool) -> Iterator[
         instead = "give the plan one `adapter`" if way != "stack" else "those stand beside each other already: say in `train` which of them train here"
         yield _at(read, at_way, f"'{way}' is for a plan with one `adapter`, and this one names its `adapters`; {instead}")
         return
-    before = placed_adapters(plan, index - 1)
-    rank, old = newest(placed_adapters(plan, index)).settings.rank, newest(before).settings.rank
+    before, placed = placed_adapters(plan, index - 1), placed_adapters(plan, index)
+    if not before or not placed:
+        yield _at(read, at_way, f"'{way}', and none of the plan's `adapters` is one of {'this' if before else 'the former'} stage's expert; remove it, or name in `train` those that its stages train")
+        return
+    rank, old = newest(placed).settings.rank, newest(before).settings.rank
     if plan.adapter.variant == "dora" and way in ("shrink", "stack") and not plan.adapters:
         why = "the lengths of its rows are no product" if way == "shrink" else "DoRA cannot be joined with others, and they are published as one"
         yield _at(read, at_way, f"'{way}' of a DoRA: {why}; choose continue, grow or merge")

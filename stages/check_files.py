@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixing.bad_rows import RowError, SourceError
+from mixing.plain_file import open_plain
 from mixing.records import MOST_TEXT, object_in, records
+from mixing.saved import outside_of_saved
 from mixing.tar_members import Torn, check_tar, fields_of, members, split_name, usual_members
 from mixing.where import BUILT_IN, WhereError, parse
 from stages.check_patterns import Wrong, pattern_files
@@ -20,12 +23,13 @@ from stages.plan import Source
 from stages.problems import listed, nearest, quoted
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from pyarrow import parquet
 
-_MOST_READ = 8 * 2**20  # bytes of a .jsonl or .csv whose rows are looked at; a larger .json is not opened
+_MOST_READ = 8 * 2**20  # bytes of a .jsonl, or of a .json's rows, that are looked at
 _MOST_ROWS = 10_000  # of a .csv, that are looked at
 _MOST_TABLES = 64  # files whose rows are counted
 _MOST_MEMBERS = 200  # of a .tar, that are looked at
+_UNREADABLE = (OSError, ValueError, MemoryError)  # pyarrow's own errors are ValueErrors; a damaged length asks for any memory
 _MOST_COUNTED = 64 * 2**20  # bytes of a .jsonl whose lines are counted
 
 
@@ -34,8 +38,6 @@ def look_at_records(source: Source, files: Sequence[str]) -> int | None:
     columns: dict[str, None] = {}
     broken = ""
     for file in files[:100]:
-        if file.endswith(".json") and os.path.getsize(file) > _MOST_READ:
-            return None  # it is read as a whole or not at all
         for number, row in _first_records(file):
             if isinstance(row, str):
                 broken = broken or f"; {os.path.basename(file)}:{number}: {row}"
@@ -57,8 +59,13 @@ def _first_records(file: str) -> Iterator[tuple[int, Mapping[str, object] | str]
         for number, line in first_lines(file):
             yield number, object_of(line)
         return
+    left = _MOST_READ
     try:
-        yield from islice(records(file), _MOST_ROWS)
+        for number, row in islice(records(file), _MOST_ROWS):
+            yield number, row
+            left -= len(row) if isinstance(row, str) else len(json.dumps(row))
+            if left < 0:
+                return
     except SourceError as error:
         raise Wrong(str(error)) from error
 
@@ -67,7 +74,7 @@ def first_lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, by number from 1, up to 8 MiB of them. Raises Wrong."""
     left = _MOST_READ
     try:
-        with open(file, "rb") as lines:
+        with open_plain(file) as lines:
             for number, line in enumerate(iter(lambda: lines.readline(_MOST_READ), b""), 1):
                 left -= len(line)
                 if left < 0:
@@ -87,7 +94,7 @@ def object_of(line: bytes) -> dict[str, object] | str:
 
 def _count_lines(file: str) -> int:
     """Lines that are not blank."""
-    with open(file, "rb") as lines:
+    with open_plain(file) as lines:
         return sum(not line.isspace() for line in lines)
 
 
@@ -95,12 +102,11 @@ def look_at_parquet(source: Source, root: Path) -> int | None:
     """One or more .parquet files, of which the first's schema is looked at."""
     if not (files := pattern_files(source.path, root)):
         return None
-    from pyarrow import parquet  # takes 0.2 s, and few plans need it
-
     try:
-        columns = parquet.read_schema(files[0]).names
-        rows = sum(parquet.read_metadata(file).num_rows for file in files[:_MOST_TABLES])
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        footers = [_footer(file) for file in files[:_MOST_TABLES]]
+        columns = footers[0].schema.to_arrow_schema().names
+        rows = sum(footer.num_rows for footer in footers)
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0][:200]
         raise Wrong(f"{quoted(source.path)} is not readable parquet: {reason}") from error
     look_at_columns(source, columns)
@@ -112,23 +118,34 @@ def look_at_arrow(source: Source, files: Sequence[str]) -> int | None:
     if not files:
         return None
     try:
-        columns = _arrow_table(files[0]).column_names
-        rows = sum(len(_arrow_table(file)) for file in files[:_MOST_TABLES])
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        found = [_arrow_facts(file) for file in files[:_MOST_TABLES]]
+        columns = found[0][0]
+        rows = sum(each for _, each in found)
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0][:200]
         raise Wrong(f"{quoted(source.path)} is not readable Arrow: {reason}") from error
     look_at_columns(source, columns)
     return rows if len(files) <= _MOST_TABLES else None
 
 
-def _arrow_table(file: str) -> pa.Table:
-    """The table in a file, mapped into memory."""
+def _footer(file: str) -> parquet.FileMetaData:
+    from pyarrow import parquet  # takes 0.2 s, and few plans need it
+
+    with open_plain(file) as opened:
+        return parquet.read_metadata(opened)
+
+
+def _arrow_facts(file: str) -> tuple[list[str], int]:
+    """The columns of the table in a file, and its rows. No image is read: only a column that holds none, if there is one, since those that are compressed are unpacked."""
     import pyarrow as pa  # takes 0.2 s, and few plans need it
 
-    with open(file, "rb") as stream:
+    with open_plain(file) as stream:
         is_random_access = stream.read(6) == b"ARROW1"
-    mapped = pa.memory_map(file)
-    return (pa.ipc.open_file(mapped) if is_random_access else pa.ipc.open_stream(mapped)).read_all()
+    opened = pa.ipc.open_file if is_random_access else pa.ipc.open_stream
+    schema = opened(pa.memory_map(file)).schema
+    smallest = next((number for number, field in enumerate(schema) if pa.types.is_primitive(field.type)), 0)
+    table = opened(pa.memory_map(file), options=pa.ipc.IpcReadOptions(included_fields=[smallest])).read_all()
+    return schema.names, table.num_rows
 
 
 def look_at_saved(source: Source, place: str) -> int | None:
@@ -141,6 +158,8 @@ def look_at_saved(source: Source, place: str) -> int | None:
     files = [os.path.join(place, name) for name in names if isinstance(name, str)]
     if not files:
         raise Wrong(f"{quoted(source.path)}: state.json names no files; save the dataset again")
+    if (outside := outside_of_saved(place)) is not None:
+        raise Wrong(f"{quoted(source.path)}: state.json names {quoted(outside)}, which lies outside of it; save the dataset again")
     return look_at_arrow(source, files)
 
 
@@ -163,7 +182,7 @@ def look_at_tar(source: Source, root: Path) -> None:
     extensions: dict[str, None] = {}
     fields: dict[str, None] = {}
     try:
-        with open(file, "rb") as stream:
+        with open_plain(file) as stream:
             check_tar(stream, source.path)
             for member in islice(members(stream), _MOST_MEMBERS):
                 if (parts := split_name(member.name)) is None:

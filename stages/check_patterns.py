@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from mixing.patterns import PatternSearch
 from stages.paths import missing, place_of
 from stages.problems import quoted
 
@@ -35,61 +34,18 @@ def pattern_files(path: str, root: Path) -> list[str]:
     if (number := _num_names(path)) > _MOST_FILES:
         raise Wrong(f"{quoted(path)}: its braces name {number:,} files; at most {_MOST_FILES:,} are read")
     files: list[str] = []
-    search = _Search(_MOST_ENTRIES)
+    search = PatternSearch(_MOST_ENTRIES)
     for count, name in enumerate(_braces(path)):
-        if count == _MOST_NAMES or search.left <= 0:
+        if count == _MOST_NAMES or search.is_over:
             break
         place = place_of(root, name)
-        found = [place] if os.path.isfile(place) else sorted(search.files(place)) if glob.has_magic(place) else []
-        if not found and search.left > 0:
+        found = [place] if os.path.isfile(place) else sorted(search.files(os.path.expanduser(name), root)) if glob.has_magic(name) else []
+        if not found and not search.is_over:
             if name == path:
                 raise Wrong(f"{quoted(path)} matches no file" if glob.has_magic(name) else missing(root, path))
             raise Wrong(f"no file {quoted(name)}, which {quoted(path)} names")
         files += found
     return files
-
-
-@dataclass
-class _Search:
-    """Looks for files by pattern, as glob does: hidden ones are left out."""
-
-    left: int
-    """Entries of folders that are still looked at."""
-
-    def files(self, pattern: str) -> Iterator[str]:
-        """The files that a pattern names, until too much has been looked at."""
-        top = "/" if pattern.startswith("/") else ""
-        parts = [part for part in pattern.split("/") if part]
-        return filter(os.path.isfile, self._below(top, [part for part, before in zip(parts, ["", *parts], strict=False) if part != "**" or before != "**"]))
-
-    def _below(self, folder: str, parts: Sequence[str]) -> Iterator[str]:
-        while parts and not glob.has_magic(parts[0]):
-            folder, parts = os.path.join(folder, parts[0]), parts[1:]
-        if not parts:
-            yield folder
-        elif parts[0] == "**":
-            folders = [folder]
-            for each in folders:
-                yield from self._below(each, parts[1:] or ["*"])
-                folders += [entry.path for entry in self._entries(each) if entry.is_dir(follow_symlinks=False)]
-        else:
-            for entry in self._entries(folder):
-                if (entry.name[0] != "." or parts[0][0] == ".") and fnmatch.fnmatchcase(entry.name, parts[0]) and (not parts[1:] or entry.is_dir()):
-                    yield from self._below(entry.path, parts[1:])
-
-    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """What lies in a folder; nothing if it cannot be looked at, or once enough was."""
-        found = []
-        try:
-            with os.scandir(folder or ".") as entries:
-                for entry in entries:
-                    self.left -= 1
-                    if self.left <= 0:
-                        break
-                    found.append(entry)
-        except OSError:
-            return []  # as glob: what may not be looked at is not there
-        return found
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -59,17 +60,28 @@ class _Listing:
     def of(self, place: str) -> _Files:
         """What lies in a folder."""
         if place not in self.known:
-            names, is_whole = [], True
-            for folder, inner, files in os.walk(place):
-                inner[:] = [name for name in inner if not name.startswith(".")]
-                prefix = os.path.relpath(folder, place) + "/" if folder != place else ""
-                names += [prefix + name for name in files if name[0] != "."]
-                if len(names) > self.left:
-                    is_whole = False
-                    break
+            names: list[str] = []
+            folders = [""]
+            while folders and len(names) <= self.left:
+                inner = folders.pop()
+                with suppress(OSError), os.scandir(os.path.join(place, inner)) as entries:  # what may not be looked at is not there
+                    for entry in entries:
+                        if entry.name[0] == ".":
+                            continue
+                        if not _is_folder(entry):
+                            names.append(inner + entry.name)
+                        elif not entry.is_symlink():
+                            folders.append(f"{inner}{entry.name}/")
             self.left -= len(names)
-            self.known[place] = _Files(tuple(names), is_whole)
+            self.known[place] = _Files(tuple(names), not folders)
         return self.known[place]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
 
 
 def source_problems(read: ReadPlan, root: Path) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mixing.plain_file import open_plain, read_plain
+from stages.formats import FORMAT, FormatError, check_format, upgraded
 from stages.problems import RunError
 
-FORMAT = 2  # 1 kept no lanes, tokens and levels, and drew in another order
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
@@ -29,6 +31,7 @@ class Checkpoint:
     folder: Path
     step: int
     state: Mapping[str, Any]
+    """As today's format has it, whichever the checkpoint was written in."""
 
     files: Mapping[str, str]
     """The SHA-256 of each of its files, by name."""
@@ -67,33 +70,42 @@ def write_checkpoint(stage_folder: Path, step: int, tensors: Mapping[str, Mappin
     """
     place = step_folder(stage_folder, step)
     partial = stage_folder / f".{place.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    delete(partial)
+    stage_folder.mkdir(exist_ok=True)  # and not what is above it: a run folder that was taken away meanwhile would come back with this alone
+    partial.mkdir()
     try:
         _fill(partial, step, tensors, state)
     except SafetensorError as error:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{place}: {error}") from error
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-    if place.exists():
+    if os.path.lexists(place):
         old = stage_folder / f".{place.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
         place.rename(old)
         partial.rename(place)
-        shutil.rmtree(old)
+        delete(old)
     else:
         partial.rename(place)
     sync(stage_folder)
     return sum(path.stat().st_size for path in place.iterdir())
 
 
+def restore_replaced(stage_folder: Path) -> None:
+    """Bring back a checkpoint that was to be replaced, where a process was killed before the new one came into its place. Raises OSError."""
+    for old in stage_folder.glob(".step-*.old"):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not os.path.lexists(place):
+            old.rename(place)
+
+
 def _fill(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     for name, values in tensors.items():
         save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
     (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
+    files = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
     for name in files:
         sync(partial / name)
     (partial / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
@@ -102,26 +114,27 @@ def _fill(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, checked against its manifest. Raises ValueError, saying what is wrong, if it is torn, edited, foreign or of another format."""
+    """A checkpoint, checked against its manifest. Raises ValueError, saying what is wrong, if it is torn, edited or foreign, and FormatError if this version does not read its format."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"{folder}: written in format {manifest['format']}, this version reads {FORMAT}")
+        manifest = json.loads(read_plain(folder / _MANIFEST))
+        found = check_format(folder, manifest["format"])  # before all else, which another format may keep elsewhere
         for name, entry in manifest["files"].items():
             if Path(name).name != name:
                 raise ValueError(f"{folder}: its manifest names '{name}', which is no file of its own")
             path = folder / name
             if not path.is_file():
                 raise ValueError(f"{folder}: {name} is missing")
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
                 raise ValueError(f"{folder}: {name} is not what was written (its hash differs)")
         if _STATE not in manifest["files"]:
             raise ValueError(f"{folder}: its manifest does not name {_STATE}")
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_plain(folder / _STATE))
         for step in (manifest["step"], state["step"]):
             if step_folder(folder.parent, step).name != folder.name:
                 raise ValueError(f"{folder}: it is the checkpoint of step {step}")
-        return Checkpoint(folder, int(state["step"]), state, {name: str(entry["sha256"]) for name, entry in manifest["files"].items()})
+        if state["format"] != found:
+            raise ValueError(f"{folder}: its manifest is of format {found}, its state of {state['format']}")
+        return Checkpoint(folder, int(state["step"]), upgraded(state), {name: str(entry["sha256"]) for name, entry in manifest["files"].items()})
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {Path(error.filename).name} is missing; it was not finished") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError, RecursionError) as error:
@@ -129,10 +142,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(stage_folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint of the highest step that is whole, or None; each one that is passed over is named through `say`."""
+    """The checkpoint of the highest step that is whole, or None; each one that is passed over is named through `say`.
+
+    Raises FormatError if one of them may be whole, and this version cannot tell: passed over, it would be deleted when the next one is written.
+    """
     for folder in sorted(_steps(stage_folder), key=lambda path: int(path.name[5:]), reverse=True):
         try:
             return read_checkpoint(folder)
+        except FormatError:
+            raise
         except ValueError as error:
             say(f"skipping a checkpoint: {error}")
     return None
@@ -146,17 +164,30 @@ def keep_newest(stage_folder: Path, number: int, written: int) -> None:
     steps = {int(folder.name.removeprefix("step-")): folder for folder in _steps(stage_folder)}
     kept = sorted(step for step in steps if step <= written)[-number:]
     for step in steps.keys() - set(kept):
-        shutil.rmtree(steps[step])
+        delete(steps[step])
     for leftover in stage_folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+        delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder with what is in it, or whatever else another has put in its place, if it is there; of a link the link. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or as it was before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -170,12 +201,13 @@ def sync(path: Path) -> None:
 
 
 def _steps(stage_folder: Path) -> list[Path]:
-    return [path for path in stage_folder.glob("step-*") if path.name.removeprefix("step-").isdigit()] if stage_folder.is_dir() else []
+    return [path for path in stage_folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()] if stage_folder.is_dir() else []
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

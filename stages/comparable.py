@@ -7,13 +7,13 @@ from stages.plan import Plan
 from stages.problems import PlanError, listed, nearest
 from stages.report.record import Evaluation
 from stages.resolved import main_resolution
-from stages.side import OpenedRun, Side
+from stages.side import OpenedRun, Side, side_file
 
 
 def chosen_evaluations(first: OpenedRun, second: OpenedRun, stage: str | None) -> tuple[Evaluation, Evaluation]:
     """The evaluations of two runs that are compared.
 
-    Of two runs that are done, their ends; else the last that both have of one stage, its end or the same step; else the last of each. stage: look at this one alone. Raises
+    Of two runs that are done, their ends; else the last of which both have the rows, of one stage, its end or the same step; else the last of each. stage: look at this one alone. Raises
     PlanError if a run has measured nothing in it.
     """
     runs = (first, second)
@@ -24,9 +24,11 @@ def chosen_evaluations(first: OpenedRun, second: OpenedRun, stage: str | None) -
             raise PlanError.at("--stage", f"{run.folder} has measured nothing in a stage '{stage}' (it has in: {listed(names)}){nearest(stage or '', names)}")
     if stage is not None or not all(run.record.done for run in runs):
         ours = {_point(evaluation): evaluation for evaluation in found[0]}
-        for theirs in reversed(found[1]):
-            if _point(theirs) in ours:
-                return ours[_point(theirs)], theirs
+        common = [(ours[_point(theirs)], theirs) for theirs in reversed(found[1]) if _point(theirs) in ours]
+        # Of a long stage the rows of some evaluations are gone; where those of all are, it is the last one that says so.
+        kept = [pair for pair in common if all(side_file(run, each).is_file() for run, each in zip(runs, pair, strict=True))]
+        if common:
+            return (kept or common)[0]
     return found[0][-1], found[1][-1]
 
 

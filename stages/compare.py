@@ -24,6 +24,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from stages.comparable import chosen_evaluations, notes_on_pair, refuse_unpaired
 from stages.evaluations import paired_rows
 from stages.plan_changes import PlanChange, differences, plan_changes
+from stages.printable import PrintableConsole, printable
 from stages.problems import PlanError, listed
 from stages.report.paired import mean_change
 from stages.report.record import Change
@@ -202,12 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = compare(_folders(given.a), _folders(given.b), given.stage)
     except PlanError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return 2
     if given.json:
         print(json.dumps(found.as_json(), indent=1))
     else:
-        Console().print(found)
+        PrintableConsole().print(found)
     return 0
 
 

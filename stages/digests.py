@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from mixing.plain_file import open_plain
+
 _SETTLED_NANOSECONDS = 2 * 10**9  # a file changed since then may change again within its clock's tick: its digest is not remembered
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     digest = sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

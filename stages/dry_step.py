@@ -1,12 +1,13 @@
 """The dry step: each stage's largest micro-batch once forwards and backwards, on made-up images, before anything trains.
 
-What does not fit into memory is known in the first minutes, not when the stage begins at hour nine. The model is loaded for it and dropped, so no weight and no
-moment of the run changes.
+What does not fit into memory, and what leaves the range of the stage's precision, is known in the first minutes, not when the stage begins at hour nine. The model is
+loaded for it and dropped, so no weight and no moment of the run changes.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -36,6 +37,7 @@ from stages.problems import PlanError, RunError
 from stages.recomputation import recompute
 from stages.resolved import resolved_batch, resolved_storage
 from stages.run import Run
+from stages.sent import sent
 from stages.shown import Shown
 
 _STEPS = 2  # the second one has the optimizer's moments beside its activations
@@ -45,11 +47,15 @@ class OutOfMemory(RunError):
     """A stage's largest micro-batch, or its weights alone, do not fit into the device's memory."""
 
 
+class NoNumbers(RunError):
+    """What a stage computes for its largest micro-batch is not all numbers."""
+
+
 def dry_steps(run: Run) -> None:
     """Make a dry step of every stage that is not finished, if the plan asks for it, or says nothing and there is a GPU.
 
     Of stages that differ in nothing that takes memory only the one with the most tokens is tried. Raises OutOfMemory, on all processes, if one of them has too little
-    memory, and PlanError where plan, data and model do not fit.
+    memory, NoNumbers if what one of them computes is none, and PlanError where plan, data and model do not fit.
     """
     device, processes = run.accelerator.device, run.accelerator.num_processes
     if not (run.plan.dry_step if run.plan.dry_step is not None else device.type == "cuda"):
@@ -68,13 +74,16 @@ def dry_steps(run: Run) -> None:
         if alike not in tried or size > tried[alike][1].images * tried[alike][1].tokens:
             tried[alike] = index, largest
     for index, largest in sorted(tried.values(), key=lambda each: each[0]):
-        stage, failed = run.plan.stages[index], ""
+        stage = run.plan.stages[index]
+        failed: RunError | None = None
         peak: int | None = None
         seconds = 0.0
         try:
             peak, seconds = dry_step(run.family, run.plan, index, largest, processes, run.engine if run.engine.is_sharded else None)
         except torch.OutOfMemoryError as error:
-            failed = out_of_memory_words(stage, index, largest, str(error).split("\n", 1)[0])
+            failed = OutOfMemory(out_of_memory_words(stage, index, largest, str(error).split("\n", 1)[0]))
+        except NoNumbers as error:
+            failed = error
         except TargetError as error:
             raise PlanError.at("", str(error)) from None
         except NoSuchAttention as error:
@@ -84,8 +93,8 @@ def dry_steps(run: Run) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         everywhere = run.processes.gathered(failed)
-        if failed := next(filter(None, everywhere), ""):
-            raise OutOfMemory(failed)
+        if found := next(filter(None, everywhere), None):
+            raise found
         own = [other for other, alike in like.items() if alike == like[index]]
         run.dry_seconds |= dict.fromkeys(own, seconds / (largest.images * largest.tokens))
         record = {"event": "memory", "stage": stage.name, "step": 0, "kind": "dry_step", "images": largest.images, "shape": str(largest.signature), "tokens": largest.tokens}
@@ -103,7 +112,7 @@ def dry_step(family: Family, plan: Plan, index: int, largest: Largest, processes
     that the last of its steps took.
 
     What accelerate keeps for several processes, one more gradient, is set aside; nothing is exchanged, so a process that runs out of memory leaves none waiting.
-    engine: one that shards the model, which every process then has to do at once; None for none. Raises torch.OutOfMemoryError.
+    engine: one that shards the model, which every process then has to do at once; None for none. Raises torch.OutOfMemoryError, and NoNumbers if predictions, losses or the gradient are none.
     """
     device = family.device
     if device.type == "cuda":
@@ -129,18 +138,27 @@ def _train(family: Family, plan: Plan, index: int, largest: Largest, processes: 
     buckets = [torch.empty_like(parameter) for parameter in trainable.values()] if processes > 1 and not engine else []
     batch, shown = _made_up(family, largest, stage_key)
     none = (False,) * largest.images
+    computed: dict[str, list[torch.Tensor]] = {"predictions": [], "losses": [], "gradient": []}
     for _ in range(_STEPS):
         began = now(device)
         for part in Objective(family, stage, stage_key, precision.dtype, largest.images).parts(batch, shown, LeftOut(none, none), 0):
             with drawing.of([key(stage_key, "dropout", row) for row in part.rows.tolist()]):
                 with precision.autocast():
                     predicted = shown.predict_part(family, training.wrapped, part)
-                training.backward(losses(predicted, part).sum())
-        training.step(stage.clip)
+                found = losses(predicted, part)
+                training.backward(found.sum())
+            # One number of each: no number if one of them is none.
+            computed["predictions"].append(predicted.detach().float().abs().amax())
+            computed["losses"].append(found.detach().sum())
+        computed["gradient"].append(sent(training.clip(stage.clip), device))
+        training.step()
     seconds = now(device) - began
+    is_number = torch.stack([torch.stack(values).isfinite().all() for values in computed.values()]).tolist()
     if engine:
         engine.release(model)
     del beside, buckets  # until here they take the memory that they would
+    if wrong := [name for name, holds in zip(computed, is_number, strict=True) if not holds]:
+        raise NoNumbers(no_numbers_words(stage, index, largest, wrong))
     return seconds
 
 
@@ -155,6 +173,17 @@ def _made_up(family: Family, largest: Largest, stage_key: int) -> tuple[MicroBat
     pixels = [torch.zeros(1, 3, height, width) for height, width in signature.references] if family.prompts_see_references else []
     text = family.encode_prompts([" ".join(["word"] * max(1, family.text_tokens))], pixels).rows(torch.zeros(images, dtype=torch.int64, device=family.device))
     return made_up(family, largest, stage_key, small.shape[1], text)
+
+
+def no_numbers_words(stage: Stage, index: int, largest: Largest, wrong: Sequence[str]) -> str:
+    """What happened, and what of the plan has a wider range. wrong: of predictions, losses and gradient those that are not all numbers; what follows from the first is not named."""
+    place = f"stages[{index}]"
+    cures = {
+        "fp16": f"They leave the range of fp16, which ends at 65,504: set {place}.precision: bf16, which has the range of fp32, or fp32",
+        "fp32": f"In fp32 that is no matter of range: look at the model's weights, and at {place}.loss",
+    }
+    cure = cures.get(stage.precision, f"Set {place}.precision: fp32; if that does not help, the model's weights are no numbers themselves")
+    return f"stage '{stage.name}' computes what is no number: the {wrong[0]} of {largest}, made up of noise, in {stage.precision} over a base in {resolved_storage(stage)}. {cure}"
 
 
 def out_of_memory_words(stage: Stage, index: int, largest: Largest, found: str) -> str:

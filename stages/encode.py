@@ -18,7 +18,6 @@ from stages.cache import Cache
 from stages.families.family import Family
 from stages.sent import sent
 
-_NAME = "latents"
 _MOST_AT_HAND = 32 * 2**20  # bytes, in each process that reads
 _MOST_KEYS = 16_384  # at some 200 bytes each
 
@@ -69,9 +68,9 @@ class KeptLatents:
         """The latents, float32 [C, h, w], or None; not to be changed."""
         if (known := self._at_hand.get(key)) is not None:
             return known
-        if (found := self.cache.latents.get(key)) is None:
+        if (found := self.cache.kept_latents(key)) is None:
             return None
-        latents: NDArray[np.float32] = found[_NAME].numpy()
+        latents: NDArray[np.float32] = found.numpy()
         self._at_hand.keep(key, latents)
         return latents
 

@@ -18,7 +18,7 @@ from stages.optim import load_optimizer_state, optimizer_state
 from stages.pace import Pace
 from stages.plan import Plan
 from stages.precision import StagePrecision
-from stages.sharing import plain
+from stages.sharing import part_of, plain
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 """Gives an optimizer over named parameters."""
@@ -65,9 +65,17 @@ class Training(Protocol):
     def load_optimizer_state(self, state: Mapping[str, Tensor], *, zero_first: bool = False) -> list[str]:
         """As `stages.optim.load_optimizer_state`."""
 
-    def step(self, clip: float | None) -> tuple[Tensor, bool]:
-        """Clip the gradients to a norm, None for none, make the step and forget them. Gives their norm before, over all processes, and whether the step was made:
-        fp16 skips one whose gradients left its range."""
+    def clip(self, most: float | None) -> Tensor:
+        """Clip the gradients to a norm, None for none. Gives their norm before, over all processes; nan or infinite where it is no number. `step` or `skip` must follow."""
+
+    def step(self) -> bool:
+        """Make the step, and forget the gradients. Gives whether it was made: fp16 skips one whose gradients left its range."""
+
+    def skip(self) -> bool:
+        """Forget the gradients, and leave all else as it is. Gives False, for no step is made."""
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What this process has of the weights that train, under `weights`, and of what the optimizer keeps of each, under `moments`."""
 
 
 class Engine(Protocol):
@@ -142,13 +150,27 @@ class TorchTraining:
         """Put it back; gives the names of what got none."""
         return load_optimizer_state(self.optimizer, self.trainable, state, zero_first=zero_first)
 
-    def step(self, clip: float | None) -> tuple[Tensor, bool]:
-        """Clip, step, and forget the gradients; as `Training.step`."""
+    def clip(self, most: float | None) -> Tensor:
+        """As `Training.clip`."""
         self._precision.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), clip or float("inf"))
+        return plain(torch.nn.utils.clip_grad_norm_(self.trainable.values(), most or float("inf")))
+
+    def step(self) -> bool:
+        """As `Training.step`."""
         self._precision.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return plain(norm), self._precision.update_scale()
+        return self._precision.update_scale()
+
+    def skip(self) -> bool:
+        """As `Training.skip`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._precision.leave_scale()
+        return False
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """As `Training.held`."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return {"weights": [part_of(parameter.detach()) for parameter in self.trainable.values()], "moments": [part_of(value) for value in moments]}
 
 
 class Whole:

@@ -5,7 +5,6 @@ It is chosen once, before the first row is measured, and kept in the run folder:
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +19,13 @@ from torch import nn
 
 from mixing.buckets import Signature
 from mixing.selected import Selection
+from stages.checked import DamagedError, checked, ignore, read_checked
 from stages.checkpoint import write_whole
 from stages.encode import kept_latents
 from stages.evaluate import STRATA, Portion, Way, chunks, measure, portions
 from stages.families.family import Family
 from stages.feed import Sizes, main_shapes, sizes_at, stage_mixture
+from stages.log_files import log_events
 from stages.plan import Plan, Stage
 from stages.recomputation import recomputed_every
 
@@ -55,14 +56,18 @@ class Size:
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
-        write_whole(_file(folder), json.dumps({**asdict(self), "share": self.share}))
+        write_whole(_file(folder), checked({**asdict(self), "share": self.share}))
 
     @staticmethod
-    def load(folder: Path) -> Size | None:
-        """What a run folder says; None if nothing was chosen yet."""
-        if not _file(folder).exists():
+    def load(folder: Path, say: Callable[[str], object] = ignore) -> Size | None:
+        """What a run folder says; None if nothing was chosen yet, and where it is damaged, which is said through `say`."""
+        try:
+            saved = read_checked(_file(folder))
+        except DamagedError as error:
+            say(str(error))
             return None
-        saved = json.loads(_file(folder).read_text(encoding="utf-8"))
+        if saved is None or not all(name in saved for name in Size.__annotations__):
+            return None
         return Size(**{name: saved[name] for name in Size.__annotations__})
 
 
@@ -183,17 +188,15 @@ def _busiest(dealt: Callable[[int], Sequence[Portion]], tokens: Mapping[str, Map
     return lambda rows: max(sum(tokens[portion.source][row] for portion in dealt(rows)[rank::processes] for row in portion.rows) for rank in range(processes))
 
 
-def time_taken(metrics: Path) -> tuple[float, float]:
-    """Seconds that a run's evaluations took, and its steps, as metrics.jsonl tells them."""
+def time_taken(folder: Path) -> tuple[float, float]:
+    """Seconds that a run's evaluations took, and its steps, as metrics.jsonl in its folder tells them."""
     seconds = training = 0.0
     reached: dict[str, int] = {}
-    with metrics.open(encoding="utf-8") as lines:
-        for line in lines:
-            event = json.loads(line)
-            if event["event"] == "eval":
-                seconds += event["seconds"]
-            elif event["event"] == "step" and event["images_per_second"]:
-                steps = event["step"] - reached.get(event["stage"], 0)
-                reached[event["stage"]] = event["step"]
-                training += steps * event["images"] / event["images_per_second"]
+    for event in log_events(folder, "metrics"):
+        if event["event"] == "eval":
+            seconds += event["seconds"]
+        elif event["event"] == "step" and event["images_per_second"]:
+            steps = event["step"] - reached.get(event["stage"], 0)
+            reached[event["stage"]] = event["step"]
+            training += steps * event["images"] / event["images_per_second"]
     return seconds, training

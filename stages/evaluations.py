@@ -1,7 +1,7 @@
 """Evaluations as they lie in a run folder, row by row. Imports no torch.
 
 `evaluations/` keeps of every stage its first evaluation (`2-expose-start.json`) and those after so many steps (`2-expose-step-000200.json`), each with
-the loss of every held-out row. Rows have the same noise and noise level in every evaluation of one seed, so losses of the same row may be subtracted.
+the loss of every held-out row; of a long stage not of every evaluation, see `thin_out`. Rows have the same noise and noise level in every evaluation of one seed, so losses of the same row may be subtracted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+MOST_BETWEEN = 100
+"""Of how many evaluations inside a stage, those at its start and end not counted, the rows are kept, beside the newest one."""
 
 RowValues = Mapping[str, Mapping[str, float]]
 """Source to held-out row to a number."""
@@ -29,6 +32,22 @@ class Rows:
 def rows_file(folder: Path, index: int, stage: str, step: int | None) -> Path:
     """Where the rows of an evaluation lie. index: of the stage, from 0. step: steps of the stage made; None for its start."""
     return folder / "evaluations" / (f"{index + 1}-{stage}-start.json" if step is None else f"{index + 1}-{stage}-step-{step:06d}.json")
+
+
+def thin_out(folder: Path, index: int, stage: str, steps: int, every: int) -> None:
+    """Take away rows of evaluations inside a stage where there are more than MOST_BETWEEN: of every second one, then of every fourth, and so on.
+
+    steps: made so far, which is where the newest one stands. every: steps between evaluations. What stays follows from these two alone, so two runs of one plan keep the same
+    ones, and of two that stand apart the shorter one has all of the longer one's that it has come to. All of them stand in metrics.jsonl.
+    """
+    apart = every
+    while steps // apart > MOST_BETWEEN:
+        apart *= 2
+    if apart > every:
+        for file in rows_file(folder, index, stage, steps).parent.glob(f"{index + 1}-{stage}-step-*.json"):
+            step = file.stem.rpartition("-")[2]
+            if step.isdigit() and int(step) < steps and int(step) % apart:
+                file.unlink(missing_ok=True)
 
 
 def read_rows(file: Path) -> Rows | None:

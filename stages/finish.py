@@ -9,44 +9,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from rich.markup import escape
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from mixing.batch import MicroBatch
 from stages.adapter import adapter_weights
 from stages.card import Told, model_card
 from stages.card_facts import licence_of, samples_of
-from stages.checkpoint import Checkpoint, read_checkpoint, write_whole
+from stages.checkpoint import Checkpoint, read_checkpoint, sync
 from stages.handoff import build_model, carried, probe, probe_batches, read_baton
 from stages.hub.start import began_from
 from stages.layouts import ADAPTER_FILE, SECOND_FILE
+from stages.model_mark import model_mark, write_model_mark
 from stages.objectives.windows import METADATA_KEY, write
 from stages.peft_layout import WEIGHTS_FILE
 from stages.plan import Stage
 from stages.precision import StagePrecision
-from stages.publish import Trained, publish_adapter
+from stages.publish import Trained, clear_old, is_as_published, make_adapter, show_adapter
 from stages.reader import to_yaml
-from stages.report import first_table, write_report
+from stages.report import first_table
 from stages.resolved import plain_storage, quantised, windows_of
 
 if TYPE_CHECKING:
     from stages.run import Run
-
-_MARK = "medley.json"
 
 
 def finish(run: Run) -> None:
     """After the last stage: publish what was trained, and write the report."""
     if run.accelerator.is_main_process:
         _publish(run, len(run.plan.stages) - 1)
-        report = write_report(run.folder)
-        run.log.say(f"report: {report}")
+        run.log.place()
+    run.report(is_said=True)
     run.processes.wait()
 
 
 def leave(run: Run) -> int:
     """After a signal: write the report of what there is. Returns the exit code."""
-    if run.accelerator.is_main_process:
-        write_report(run.folder)
+    run.report()
     return run.stop.exit_code
 
 
@@ -64,34 +64,56 @@ def _publish(run: Run, index: int) -> None:
     checkpoint, stage = run.last, run.plan.stages[index]
     assert checkpoint is not None
     model_folder = run.folder / "model"
-    if run.baton.base is not None and _model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
+    if run.baton.base is not None and model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
         transformer = run.family.load_transformer(torch.float32, run.baton.base, stage.expert)
         if stage.train == "full" and checkpoint.has("ema"):
             transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
-        partial = run.folder / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        run.family.save_model(partial, transformer, stage.expert)
-        if run.baton.adapter is None:
-            (partial / "README.md").write_text(_card(run, index, [], has_adapter=False)[0], encoding="utf-8")
-        write_whole(partial / _MARK, json.dumps({"checkpoint": _base_mark(run.baton.base, checkpoint)}))
-        shutil.rmtree(model_folder, ignore_errors=True)
-        partial.rename(model_folder)
-        run.log.say(f"the trained model is in {model_folder}")
+        mark, card = _base_mark(run.baton.base, checkpoint), _card(run, index, [], has_adapter=False)[0] if run.baton.adapter is None else None
+        run.room.must("the trained model", lambda: _write_model(run, model_folder, transformer, stage.expert, card, mark), size=sum(value.nbytes for value in transformer.parameters()))
+        run.log.say(f"the trained model is in {escape(str(model_folder))}")
+    place = run.folder / "adapter"
     if run.baton.adapter is None:
-        shutil.rmtree(run.folder / "adapter", ignore_errors=True)  # of an earlier stage, whose weights this one has
-    elif not is_published(run.folder, checkpoint):
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier stage, whose weights this one has
+    elif is_published(run.folder, checkpoint):
+        clear_old(place)
+    else:
         batches = probe_batches(run.selections, run.shapes(stage))
         notes = {"medley.plan": to_yaml(run.plan), "medley.ledger": json.dumps(run.ledger()), "medley.checkpoint": _mark(checkpoint) or "", "medley.model": run.fingerprint}
+        if run.baton.base is not None:
+            notes["medley.base"] = _base_mark(run.baton.base, checkpoint)
         if (windows := windows_of(stage)) is not None:
             notes[METADATA_KEY] = write(windows)
         trained = [_trained(run, number, batches) for number in _last_stages(run.plan.stages[: index + 1])]
         card, images = _card(run, index, trained, has_adapter=True)
         sheet = run.folder / "previews" / f"{index + 1}-{stage.name}.png"
-        difference = publish_adapter(run.folder / "adapter", run.family, run.plan, trained, batches, notes, card, sheet, images)
-        run.log.write({"event": "publish", "folder": "adapter", "max_difference": difference})
-        run.log.say(f"published to {run.folder / 'adapter'}: loaded back by {run.family.pipeline_class}, its outputs differ by at most {difference:.1g}")
+        size = sum(value.nbytes for each in trained for value in each.weights.values())
+        difference = run.room.must("the adapter to publish", lambda: make_adapter(place, run.family, run.plan, trained, batches, notes, card, sheet, images), size=size)
+        # Once the adapter is in view nothing is published again, so its line is on the disk before: killed between the two, the run cuts it off and does both anew.
+        run.log.write({"event": "publish", "folder": place.name, "max_difference": difference if batches else None})
+        run.log.place()
+        run.room.must("the adapter to publish", lambda: show_adapter(place))
+        found = f"its outputs differ by at most {difference:.1g}" if batches else "its layers are as they were trained; there is no row to compare outputs on"
+        run.log.say(f"published to {escape(str(place))}: loaded back by {run.family.pipeline_class}, {found}")
     if run.hub is not None:
         run.hub.put_trained(stage.name)
+
+
+def _write_model(run: Run, folder: Path, transformer: nn.Module, expert: str | None, card: str | None, mark: str) -> None:
+    """Write the trained model beside its place, and rename it into view. card, mark: of it; None where the adapter has the card."""
+    partial = run.folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        run.family.save_model(partial, transformer, expert)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_model_mark(partial, mark)
+        for path in partial.rglob("*"):
+            sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _card(run: Run, index: int, trained: Sequence[Trained], *, has_adapter: bool) -> tuple[str, dict[str, Path]]:
@@ -140,19 +162,16 @@ def _trained(run: Run, index: int, batches: Mapping[str, MicroBatch]) -> Trained
 def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
     """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
     if not checkpoint.has("adapter"):
-        return checkpoint.has("transformer") and _model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
+        return checkpoint.has("transformer") and model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
     names = (ADAPTER_FILE, SECOND_FILE, WEIGHTS_FILE)  # which of them there are is the family's affair, and it is not open yet
     published = next((file for name in names if (file := folder / "adapter" / name).exists()), None)
-    if published is None:
+    if published is None or not is_as_published(folder / "adapter"):
         return False
-    with safe_open(published, framework="pt") as header:
-        return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
-
-
-def _model_mark(model_folder: Path) -> str | None:
-    """What the published model says of the checkpoint it was made from; None if there is none."""
-    file = model_folder / _MARK
-    return str(json.loads(file.read_text(encoding="utf-8"))["checkpoint"]) if file.exists() else None
+    try:
+        with safe_open(published, framework="pt") as header:
+            return (header.metadata() or {}).get("medley.checkpoint") == _mark(checkpoint)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _base_mark(base: Path, last: Checkpoint) -> str:

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from stages.aside import Stopped
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
 from stages.compiled import forget_compiled
 from stages.estimate import run_estimate
 from stages.handoff import probe, probe_batches
 from stages.leg import Leg
 from stages.memory import peak_bytes
-from stages.report import write_report
-from stages.sampling import sheet
+from stages.problems import RunError
+from stages.ruin import refuse_ruin
+from stages.sampling import Preview, sheet
 from stages.save_leg import save_leg
 from stages.stage_event import stage_event
 from stages.tell_quality import tell_quality
-from stages.tiles import write_tiles
+from stages.tiles import write_image, write_tiles
 from stages.untrained import say_time_taken, untrained
 
 
-def finish_leg(leg: Leg) -> Checkpoint:
-    """Carry them out. Returns the stage's last checkpoint."""
-    run, stage, plan = leg.run, leg.stage, leg.run.plan
+def finish_leg(leg: Leg) -> Checkpoint | None:
+    """Carry them out. Returns the stage's last checkpoint, or None if a signal broke it off: its steps are saved then, and all of this is done when the run goes on."""
+    run, stage = leg.run, leg.stage
     leg.lanes.close()
+    refuse_ruin(leg)  # before time is taken to measure it
+    logged = run.log.place()
+    run.processes.wait()  # as in `Leg.evaluate`
+    try:
+        _carry_out(leg)
+    except Stopped:
+        save_leg(leg, logged=logged)
+        run.log.say(f"stopped by {run.stop.name} after the last step of '{stage.name}', saved; the same command goes on with measuring it")
+        return None
+    run.processes.wait()
+    run.engine.release(leg.model)
+    run.accelerator.free_memory()
+    if stage.compile:
+        forget_compiled()
+    try:
+        return read_checkpoint(step_folder(run.stage_folder(leg.index), stage.steps))
+    except ValueError as error:
+        raise RunError(f"{error}, though it was just written: its disk does not keep what it is given, or somebody took it away. See to that, and the same command goes on") from None
+
+
+def _carry_out(leg: Leg) -> None:
+    """Evaluate, sample, save and report. Raises Stopped if a signal comes before it is saved."""
+    run, stage, plan = leg.run, leg.stage, leg.run.plan
     _log_memory(leg)
     leg.evaluate("end")
     with leg.averaged():
@@ -32,10 +60,9 @@ def finish_leg(leg: Leg) -> Checkpoint:
             shown = run.previews(leg.model, stage, sampler)
             if run.accelerator.is_main_process and shown:
                 file = run.folder / "previews" / f"{leg.index + 1}-{stage.name}.png"
-                file.parent.mkdir(exist_ok=True)
-                sheet(shown).save(file)
-                rows = write_tiles(run.folder, f"{leg.index + 1}-{stage.name}", shown, base=run.base_name(stage))
+                rows = run.room.must(f"the previews of '{stage.name}'", lambda: _write_previews(leg, file, shown))
                 run.log.write({"event": "preview", "stage": stage.name, "step": leg.step, "file": str(file.relative_to(run.folder)), "rows": rows})
+            run.processes.wait()  # as in `Leg.evaluate`
         judged = run.judged(leg.model, stage, sampler) if sampler is not None else None
         found = run.quality(leg.model, stage, sampler) if sampler is not None else None
     if found is not None:
@@ -59,14 +86,14 @@ def finish_leg(leg: Leg) -> Checkpoint:
         say_time_taken(run)
     run.log.now("saving, and writing the report")
     save_leg(leg, finished=True, probed=probed)
-    if run.accelerator.is_main_process:
-        write_report(run.folder)
-    run.processes.wait()
-    run.engine.release(leg.model)
-    run.accelerator.free_memory()
-    if stage.compile:
-        forget_compiled()
-    return read_checkpoint(step_folder(run.stage_folder(leg.index), stage.steps))
+    run.report()
+
+
+def _write_previews(leg: Leg, file: Path, shown: Sequence[Preview]) -> list[dict[str, Any]]:
+    """Write the sheet of a stage's previews, and its tiles; gives what metrics.jsonl says of the tiles."""
+    file.parent.mkdir(exist_ok=True)
+    write_image(file, sheet(shown))
+    return write_tiles(leg.run.folder, f"{leg.index + 1}-{leg.stage.name}", shown, base=leg.run.base_name(leg.stage))
 
 
 _LEAST_TO_ESTIMATE = 10_000_000  # parameters of a transformer below which nobody asks whether it fits, and a run takes no second to find out

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixing.selected import Selection
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, step_folder
 from stages.plan import MixAdaptive, Plan, Stage
 from stages.reader import PlanError, resolved
 from stages.resolved import num_held_out, still_mixes
 
-_WITHOUT_EFFECT = ("checkpointing", "offload")  # on what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it
+# On what is learnt, which is the same to the bit: a run that ran out of memory goes on with more of it, and one that skipped too many steps with a wider limit.
+_WITHOUT_EFFECT = ("checkpointing", "offload", "guard")
 _BY_SIZE = ("repeat", "rows")  # what a mix by size heeds of a source, and shares by name do not
 
 
@@ -35,7 +37,7 @@ def recorded(plan: Plan, stage: Stage, model: str, selections: Mapping[str, Sele
         "start": whole.get("start"),
         "evaluate.rows": num_held_out(plan),
         **({"evaluate.every": plan.evaluate.every} if isinstance(stage.mix, MixAdaptive) else {}),
-        "stage": own,
+        "stage": {**own, "guard": {"on_spike": "skip", "sigmas": stage.guard.sigmas}} if stage.guard.on_spike == "skip" else own,
         "sources": sources,
         "rows": {name: selections[name].source.fingerprint for name in drawn},
     }
@@ -46,9 +48,29 @@ def stage_folder(folder: Path, index: int, name: str) -> Path:
     return folder / "stages" / f"{index + 1}-{name}"
 
 
+def check_finished(plan: Plan, folder: Path, checkpoints: Sequence[Checkpoint | None], passed_over: Mapping[int, Sequence[str]]) -> None:
+    """Raise PlanError if a stage was finished and its last checkpoint is gone or damaged: to train it again is for whoever owns the run to choose.
+
+    checkpoints: the newest whole one of each stage. passed_over: by the stage's number, what was said of others.
+    """
+    for index, stage in enumerate(plan.stages):
+        newest, place = checkpoints[index], stage_folder(folder, index, stage.name)
+        if newest is not None and newest.state["finished"]:
+            continue
+        found = "; ".join(passed_over.get(index, ())) or f"{place} holds {'only one from before its end' if newest else 'none'}"
+        if begun := [later.name for number, later in enumerate(plan.stages) if number > index and checkpoints[number] is not None]:
+            cure = f"put it back, or delete {place} and the folders of the stages after it, to train from there anew, which ends the same"
+            raise PlanError.at(str(folder), f"stage '{stage.name}' was finished, for '{begun[0]}' has begun, and its last checkpoint is not there whole ({found}); {cure}")
+        if newest is None and os.path.lexists(step_folder(place, stage.steps)):
+            cure = f"put it back, or delete {place} to train that stage anew, which ends the same; what is published stays as it is until then"
+            raise PlanError.at(str(folder), f"stage '{stage.name}' was trained to its end, and its last checkpoint is damaged ({found}); {cure}")
+
+
 def compare_stage(folder: Path, index: int, stage: Stage, checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
     """Raise PlanError if a stage that has begun was trained under another plan or on other rows."""
     state = checkpoint.state
+    if not isinstance(state.get("plan"), dict):
+        raise PlanError.at(str(checkpoint.folder), "is no checkpoint of a stage, though it lies in a stage's folder; delete it")
     old, new = dict(state["plan"]), dict(now)
     rows_old, rows_new = old.pop("rows"), new.pop("rows")
     word = "finished" if state["finished"] else f"at step {state['step']} of {state['plan']['stage']['steps']}"

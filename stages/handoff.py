@@ -246,8 +246,8 @@ def cause_of_change(before: Stage, after: Stage) -> str | None:
 
 
 def same_outputs(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Largest difference between two probes."""
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    """Largest difference between two probes; 0 where there was nothing to probe on."""
+    return max((float((one[name] - other[name]).abs().max()) for name in one), default=0.0)
 
 
 def stage_changes(before: Stage, after: Stage) -> dict[str, Sequence[object]]:

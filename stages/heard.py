@@ -15,8 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
+from stages.printable import printable
+
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "peft", "torch", "transformers")
 """Those that print their log themselves, or would through Python's last resort."""
+_MOST = 1000  # different texts of a launch; a library that names another file in each warning would fill the memory and the log of a long run
 _LONGEST = 900  # characters kept of a text; in UTF-8, with what stands around it, it goes through a pipe in one piece
 # What is as it is meant to be, and nobody can act on: torchvision is not used here, a model on pixels has neither VAE nor text encoders (diffusers 0.42), and the
 # number of threads is chosen in stages/precision.py (accelerate 1.15).
@@ -36,7 +39,7 @@ class Remark:
 
 
 class Heard:
-    """Listens from when it is made until it is closed. What comes before anyone is told waits."""
+    """Listens from when it is made until it is closed. What comes before anyone is told waits. After _MOST different texts only errors are heard."""
 
     def __init__(self, rank: int = 0) -> None:
         """rank: of this process. Of others than the first, errors are printed at once, with the number, and all else waits to be taken."""
@@ -80,7 +83,7 @@ class Heard:
         if os.getpid() != self._process:
             self._pass_on(Remark(library, text, is_error, "a data worker"))
         elif self._rank and is_error:
-            print(f"process {self._rank}: {library}: {text}", file=sys.stderr, flush=True)
+            print(printable(f"process {self._rank}: {library}: {text}"), file=sys.stderr, flush=True)
         else:
             self._take_in(Remark(library, text, is_error, f"process {self._rank}" if self._rank else ""))
 
@@ -89,14 +92,17 @@ class Heard:
             os.write(self._writing, json.dumps(asdict(remark), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         except OSError:  # the pipe is full, or nobody reads it any more
             if remark.is_error:
-                print(f"{remark.library}: {remark.text}", file=sys.stderr, flush=True)
+                print(printable(f"{remark.library}: {remark.text}"), file=sys.stderr, flush=True)
 
     def _take_in(self, remark: Remark) -> None:
         """Keep a remark, or hand it on, unless it was heard before; texts that differ by numbers only are the same."""
         likeness = remark.library, re.sub(r"\d+", "#", remark.text[:200])
         if likeness in self._seen:
             return
-        self._seen.add(likeness)
+        if len(self._seen) < _MOST:
+            self._seen.add(likeness)
+        elif not remark.is_error:
+            return
         if self._listener:
             self._listener(remark)
         else:
@@ -143,7 +149,7 @@ class Heard:
         self.drain()
         for remark in self.take():
             if remark.is_error:
-                print(f"{remark.library}: {remark.text}", file=sys.stderr, flush=True)
+                print(printable(f"{remark.library}: {remark.text}"), file=sys.stderr, flush=True)
         warnings.showwarning = self._showed
         logging.getLogger().removeHandler(self._handler)
         for logger, own, propagate in reversed(self._taken):

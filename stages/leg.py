@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -21,14 +22,16 @@ from mixing.buckets import Size
 from mixing.keys import key
 from mixing.mixture import StageMixture
 from mixing.rows import FEW, MOST_BAD
+from stages.aside import Stopped
 from stages.compiled import uncompiled
 from stages.dropout import Drawing
 from stages.encode import kept_latents
 from stages.engine import Training
 from stages.evaluate import evaluate
-from stages.evaluations import rows_file
+from stages.evaluations import rows_file, thin_out
 from stages.feed import stage_mixture
 from stages.follower import Follower, changes_every
+from stages.guard import Guard
 from stages.measured import Measured
 from stages.memory import EncoderRest, Released, held_bytes, restart_peak
 from stages.objective import Drawn, Objective
@@ -41,6 +44,7 @@ from stages.reader import PlanError
 from stages.resolved import resolved_rate
 from stages.run import Run
 from stages.shown import Shown, show
+from stages.weighed import Weighed
 from stages.window import MOST_PARTS, CountedPart, Window
 
 if TYPE_CHECKING:
@@ -95,9 +99,11 @@ class Leg:
     bad: dict[str, dict[str, str]]
     """Rows that turned out unreadable: source to key to reason."""
     skipped: int
-    """Steps that fp16 skipped. Their images count, for the data goes on; the learning rate and the average do not."""
+    """Steps that were skipped, by fp16 or by the guard. Their images count, for the data goes on; the learning rate and the average do not."""
     skipped_in_a_row: int
-    """How many of them were the last ones, without a step between."""
+    """How many of those of fp16 were the last ones, without a step between."""
+    guard: Guard
+    """What is asked before a step is made."""
     seconds_before: float
     began: float
     window: Window
@@ -116,6 +122,16 @@ class Leg:
     """What the last evaluation in this launch took."""
     passed_limit: bool = False
     """Whether it was said that no more of the blocks' shapes are compiled."""
+    to_evaluate: bool = False
+    """Whether held-out rows are to be measured after the step just made, which a signal may have broken off."""
+    weighed: Weighed = field(default_factory=Weighed)
+    """What the losses of the step under way were."""
+    step_images: int = 0
+    """Images of the step under way, over all processes."""
+    norm: float = math.nan
+    """Of the last step's gradient, before it was clipped."""
+    guard_said: int = 0
+    """How often the guard had something to say in this launch."""
     named_rows: set[tuple[str, str]] = field(default_factory=set)
     """Unreadable rows that were warned of."""
     latents: dict[Size, torch.Size] = field(default_factory=dict)
@@ -164,6 +180,12 @@ class Leg:
             every=changes_every(run.plan, stage),
         )
 
+    def evaluate_if_due(self) -> None:
+        """Measure held-out rows where it is due, and let shares follow. Raises Stopped if a signal breaks it off; then it still is."""
+        if self.to_evaluate:
+            self.follow(self.evaluate("during"))
+            self.to_evaluate = False
+
     def note_wait(self, seconds: float) -> None:
         """Count time that the loop waited for data."""
         self.window.waited += seconds
@@ -189,6 +211,7 @@ class Leg:
         of_regions = [["" if gone else prompt for prompt, gone in zip(region.prompts, left_out, strict=True)] for region in batch.regions]
         shown = show(self.run.family, batch, prompts, of_regions)
         self.latents[batch.targets.size] = shown.x.shape[1:]
+        self.weighed.see(batch, shown)
         parts = self.objective.split(batch, shown, drawn)
         if self.stage.compile and self.multiplied is None:
             self.measure_multiplied(batch, shown, parts[0])
@@ -228,11 +251,13 @@ class Leg:
         for source in sources:
             self.tokens[source] = self.tokens.get(source, 0) + tokens
         window.parts.append(CountedPart(sources, part.t, errors, losses))
+        self.weighed.count(batch, rows, losses)
         if len(window.parts) >= MOST_PARTS:
             window.sum_up(list(self.mixture.asked), errors.device)
 
     def count(self, batch: MicroBatch) -> None:
         """Count what a micro-batch held."""
+        self.step_images = batch.step_images
         self.levels[batch.level] += len(batch.sources)
         for source in batch.sources:
             self.images[source] = self.images.get(source, 0) + 1
@@ -249,21 +274,22 @@ class Leg:
         """The rate of the step under way, by the steps that were made and not by those that were skipped."""
         return rate_at(self.step - self.skipped, self.stage.steps, rate)
 
-    def stepped(self, made: bool) -> None:
-        """A step is over: count it, average the weights, write the trace. made: False if it was skipped; the weights are as they were.
+    def stepped(self, made: bool, *, is_sound: bool) -> None:
+        """A step is over: count it, average the weights, write the trace. made: False if it was skipped; the weights are as they were. is_sound: False if it was the guard that skipped it.
 
-        Raises TrainingError after too many skipped ones in a row.
+        Raises TrainingError after too many in a row that fp16 skipped.
         """
         if not made:
             self.skipped += 1
         elif self.average:
             with self.training.gathered():
                 self.average.update(self.training.trainable)
-        self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
+        if is_sound:
+            self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise TrainingError(
                 f"stage '{self.stage.name}': {self.skipped_in_a_row} steps in a row were skipped, the last of them step {self.step + 1}, for their gradients leave the range of fp16 "
-                f"even with a loss scale of {self.precision.scaler.get_scale():.1e}; the last checkpoint stands. Write precision: bf16 or fp32, or look at what the rows since hold"
+                f"even with a loss scale of {self.precision.scaler.get_scale():.1e}; {self.run.room.standing()}. Write precision: bf16 or fp32, or look at what the rows since hold"
             )
         self.step += 1
         self.window.steps += 1
@@ -305,7 +331,7 @@ class Leg:
     def check_rows(self) -> None:
         """Share among the processes which rows could not be read. Raises PlanError if a source has more of them than its plan lets pass."""
         if self.run.accelerator.num_processes > 1:
-            for source, row, reason in gather_object([(source, row, reason) for source, rows in self.bad.items() for row, reason in rows.items()]):
+            for source, row, reason in gather_object([(source, row, reason) for source, rows in self.bad.items() for row, reason in rows.items() if (source, row) not in self.named_rows]):
                 self.bad.setdefault(source, {})[row] = reason
         drawn = self.mixture.order.drawn_after(self.step) if self.bad else {}  # it takes half a millisecond
         for name, rows in self.bad.items():
@@ -326,11 +352,17 @@ class Leg:
         if self.average:
             with self.training.gathered(changing=True):
                 self.average.swap(self.training.trainable)
+        stopped: Stopped | None = None
         with self.still():
-            yield "ema" if self.average else "raw"
-        if self.average:  # not after an error, with which the leg ends: other processes may be where they take no part in it
+            try:
+                yield "ema" if self.average else "raw"
+            except Stopped as error:  # all processes have it at once
+                stopped = error
+        if self.average:  # not after another error, with which the leg ends: other processes may be where they take no part in it
             with self.training.gathered(changing=True):
                 self.average.swap(self.training.trainable)
+        if stopped:
+            raise stopped
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -360,11 +392,16 @@ class Leg:
                 windows=self.objective.windows,
                 t_range=run.t_range(self.stage),
                 rows=run.rows,
-                in_step=run.engine.shared_out(self.model),
+                in_step=run.aside(self.model),
             )
         summary = measured.summary(self.base, self.start)
         if run.accelerator.is_main_process:
-            measured.save(rows_file(run.folder, self.index, self.stage.name, None if kind == "start" else self.step))
+            file = rows_file(run.folder, self.index, self.stage.name, None if kind == "start" else self.step)
+            run.room.must(f"the evaluation {file.name}", lambda: measured.save(file))
+            if kind == "during" and run.plan.evaluate.every:
+                every = run.plan.evaluate.every
+                run.room.must("what older evaluations leave", lambda: thin_out(run.folder, self.index, self.stage.name, self.step, every))
+        run.processes.wait()  # for the main one may have to wait for room, longer than a collective waits for it
         run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
         if kind != "start" and summary:
             table = Table(box=None, header_style="dim")

@@ -84,7 +84,7 @@ class View:
             return
         stage = self._stage
         stage.record, stage.pace, stage.asked = record, pace, asked
-        stage.waiting.append(record["loss"])
+        stage.waiting += [] if record["loss"] is None else [record["loss"]]
         if len(stage.waiting) == stage.together:
             stage.losses.append(sum(stage.waiting) / stage.together)
             stage.waiting = []
@@ -148,7 +148,7 @@ class View:
         small = width < 96
         size = f"   step size {record['step_size']:.1e}" if "step_size" in record else ""
         skipped = f"   skipped {record['skipped']}" if record.get("skipped") else ""
-        loss, bars = f"{record['loss']:.4f}", _bars(stage.losses, 16 if small else 40)
+        loss, bars = _loss(record), _bars(stage.losses, 16 if small else 40)
         yield [("loss   ", DIM), (loss, BOLD), (_cut(f"  {bars}   learning rate {record['lr']:.2e}{size}{skipped}", width - 7 - len(loss)), PLAIN)]
         memory = f"   memory {byte_words(record['memory_bytes'])}" if "memory_bytes" in record else ""
         yield _labelled(width, "speed", f"{_speed(record)} images/s   data wait {record['data_wait']:.1%}{memory}")
@@ -205,6 +205,11 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def _loss(record: Mapping[str, Any]) -> str:
+    """The mean loss of a line; of one whose losses were all no numbers, that."""
+    return "no number" if record["loss"] is None else f"{record['loss']:.4f}"
+
+
 def _speed(record: Mapping[str, Any]) -> str:
     speed = record["images_per_second"]
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
@@ -227,7 +232,7 @@ def plain_line(plan: Plan, record: Mapping[str, Any], pace: Pace, multiple: int)
     left = duration(stage_seconds(plan, pace, step))
     parts = {
         "name": f"{_cut(stage.name, 16)} {step:>{len(str(stage.steps))}}/{stage.steps}",
-        "loss": f"loss {record['loss']:.4f}",
+        "loss": f"loss {_loss(record)}",
         "rate": f"lr {record['lr']:.2e}",
         "step size": f"step size {record['step_size']:.1e}" if "step_size" in record else "",
         "skipped": f"skipped {record['skipped']}" if record.get("skipped") else "",

@@ -9,37 +9,34 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
 
 from stages.compiled import counted
-from stages.leg import Leg, TrainingError
+from stages.leg import Leg
 from stages.optim import found_step_size
 from stages.sent import sent
 from stages.time_left import Pace
 from stages.window import Window
 
 
-def log_leg(leg: Leg, learning_rate: float, norm: Tensor) -> None:
-    """Write and show a line. Every process takes part. Raises TrainingError if the loss is no number."""
+def log_leg(leg: Leg, learning_rate: float) -> None:
+    """Write and show a line. Every process takes part. Images whose losses are no numbers are left out of its means; where all are, it says none."""
     run, stage, window, names = leg.run, leg.stage, leg.window, list(leg.mixture.asked)
     device = run.accelerator.device
     sums = window.sum_up(names, device)
     counts = torch.tensor([window.tokens, *(window.images.get(name, 0) for name in names), *(leg.images.get(name, 0) for name in names)], dtype=torch.float64)
     flat = torch.cat([sums, sent(counts, device)])
     flat = reduce(flat, reduction="sum") if run.accelerator.num_processes > 1 else flat
-    errors, by_noise, (total, tokens), in_window, in_all = _cut(flat.tolist(), len(names), 20, 2, len(names), len(names))
-    numbers = list(zip(errors, in_window, in_all, strict=True))
-    images = sum(row[1] for row in numbers)
-    if not math.isfinite(total):
-        raise TrainingError(f"stage '{stage.name}': the loss is {total} since a step at or before {leg.step}; the last checkpoint stands. Lower the rate, or choose another precision")
+    errors, by_noise, (total,), left_out, (tokens,), in_window, in_all = _cut(flat.tolist(), len(names), 20, 1, len(names), 1, len(names), len(names))
+    images, measured = sum(in_window), sum(in_window) - sum(left_out)
+    of_sources = {name: (error, number - missing) for name, error, number, missing in zip(names, errors, in_window, left_out, strict=True)}
     seconds = time.monotonic() - window.began
     record: dict[str, Any] = {
         "event": "step",
         "stage": stage.name,
         "step": leg.step,
-        "loss": total / images,
+        "loss": total / measured if measured else None,
         "lr": learning_rate,
-        "grad_norm": length if math.isfinite(length := float(norm)) else None,
+        "grad_norm": leg.norm if math.isfinite(leg.norm) else None,
         "images": images / window.steps,
         "tokens": tokens / window.steps,
         "images_per_second": images / seconds,
@@ -48,11 +45,13 @@ def log_leg(leg: Leg, learning_rate: float, norm: Tensor) -> None:
         "memory_bytes": leg.memory_bytes(),
         "multiplied_in": leg.multiplied,
         "loss_by_noise": [error / count if count else None for error, count in zip(by_noise[:10], by_noise[10:], strict=True)],
-        "losses": {name: row[0] / row[1] for name, row in zip(names, numbers, strict=True) if row[1]},
-        "drawn": {name: int(row[2]) for name, row in zip(names, numbers, strict=True)},
+        "losses": {name: error / number for name, (error, number) in of_sources.items() if number},
+        "drawn": {name: int(number) for name, number in zip(names, in_all, strict=True)},
     }
     if stage.precision == "fp16":
-        record |= {"loss_scale": leg.precision.scaler.get_scale(), "skipped": leg.skipped}
+        record["loss_scale"] = leg.precision.scaler.get_scale()
+    if stage.precision == "fp16" or leg.skipped:
+        record["skipped"] = leg.skipped
     if (step_size := found_step_size(leg.training.optimizer)) is not None:
         record["step_size"] = step_size
     run.log.write(record)

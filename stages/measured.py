@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.checked import DamagedError, checked, ignore, read_checked
 from stages.checkpoint import write_whole
 
 VERSION = "2"
@@ -33,15 +33,22 @@ class Measured:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps({"version": VERSION, **asdict(self)}))
+        write_whole(path, checked({"version": VERSION, **asdict(self)}))
 
     @staticmethod
-    def load(path: Path) -> Measured | None:
-        """Read what `save` wrote; None where there is no such file, or a former version measured otherwise."""
-        if not path.exists():
+    def load(path: Path, say: Callable[[str], object] = ignore) -> Measured | None:
+        """Read what `save` wrote; None where there is no such file, where another version measured otherwise, and where it is damaged, which is said through `say`."""
+        try:
+            saved = read_checked(path)
+        except DamagedError as error:
+            say(str(error))
             return None
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(saved["losses"], saved["t"], saved["asked"]) if saved.get("version") == VERSION else None
+        if saved is None or saved.get("version") != VERSION:
+            return None
+        if not all(isinstance(saved.get(name), dict) for name in ("losses", "t", "asked")):
+            say(f"{path} holds no evaluation")
+            return None
+        return Measured(saved["losses"], saved["t"], saved["asked"])
 
     def summary(self, base: Measured | None, start: Measured | None) -> dict[str, dict[str, Any]]:
         """Per source that has any: loss and rows; the same by tenth of t, [0, 0.1), ..., None where a tenth has no row; and the change since the base, and since the stage's start,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
+
 from mixing.bad_rows import BadRow
 from mixing.lanes import LaneReader, State
 from mixing.mixture import StageMixture
@@ -47,7 +49,7 @@ def open_lanes(run: Run, mixture: StageMixture, checkpoint: Checkpoint | None) -
 
     def stalled(message: str) -> None:
         waits.append(message)
-        run.log.say(f"[yellow]waiting:[/yellow] {message}")
+        run.log.say(f"[yellow]waiting:[/yellow] {escape(message)}")
 
     mixture.check_processes(checkpoint.step if checkpoint and not checkpoint.state["finished"] else 0, processes)
     for name, selection in mixture.streams.items():

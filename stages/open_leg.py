@@ -20,6 +20,7 @@ from stages.evaluations import rows_file
 from stages.explain import byte_words
 from stages.feed import stage_mixture
 from stages.follower import changes_every, changes_of, open_follower
+from stages.guard import Guard
 from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError
 from stages.measured import Measured
@@ -43,7 +44,10 @@ from stages.window import Window
 
 
 def open_leg(run: Run, index: int, stage: Stage) -> Leg:
-    """Build a stage from what the last one handed on, or from its own newest checkpoint. Raises PlanError where plan, data and model do not fit."""
+    """Build a stage from what the last one handed on, or from its own newest checkpoint.
+
+    Raises PlanError where plan, data and model do not fit, and Stopped if a signal comes while something is measured.
+    """
     device, place = run.accelerator.device, f"stages[{index}]"
     run.log.now(f"building stage '{stage.name}'")
     checkpoint, held = run.checkpoints[index], let_go(run.accelerator.device)
@@ -102,6 +106,9 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
     kept: list[str] = []
     if run.last and not checkpoint:
         kept = _keep(run.last, stage, training, average)
+    guard = Guard(stage.guard, scales=stage.precision == "fp16")
+    if checkpoint:
+        guard.load(checkpoint.state["guard"])
     restart_peak(device)  # what loading took is over
     leg = Leg(
         run=run,
@@ -126,9 +133,12 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         images=dict(checkpoint.state["images"]) if checkpoint and run.accelerator.is_main_process else {},
         tokens=dict(checkpoint.state["tokens"]) if checkpoint and run.accelerator.is_main_process else {},
         levels=list(checkpoint.state["levels"]) if checkpoint and run.accelerator.is_main_process else [0] * len(mixture.levels),
+        to_evaluate=bool(checkpoint.state["to_evaluate"]) if checkpoint else False,
+        named_rows={(name, row) for name, rows in checkpoint.state["bad"].items() for row in rows} if checkpoint else set(),
         bad={name: dict(rows) for name, rows in checkpoint.state["bad"].items()} if checkpoint else {},
         skipped=int(checkpoint.state["skipped"]) if checkpoint else 0,
         skipped_in_a_row=int(checkpoint.state["skipped_in_a_row"]) if checkpoint else 0,
+        guard=guard,
         seconds_before=float(checkpoint.state["seconds"]) if checkpoint else 0.0,
         began=time.monotonic(),
         window=Window(time.monotonic()),
@@ -136,9 +146,12 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         start=None,
     )
     if checkpoint:
-        leg.start = Measured.load(rows_file(run.folder, index, stage.name, None))
+        damaged: list[str] = []
+        leg.start = Measured.load(rows_file(run.folder, index, stage.name, None), damaged.append)
         if leg.start is None and follower is not None:
-            raise PlanError.at(place, f"its shares follow evaluations that are gone, or that a former version made at other noise levels; delete {run.stage_folder(index)} to train that stage anew")
+            raise PlanError.at(place, f"its shares follow evaluations that are gone or damaged, or that a former version made at other noise levels; delete {run.stage_folder(index)} to train that stage anew")
+        for message in damaged:
+            run.log.warn(f"{message}; changes since the stage began are left out", stage.name, checkpoint.step)
     else:
         show_stage(leg)
         if index == 0 and run.size is not None:
@@ -159,6 +172,7 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
             run.log.write({"event": "memory", "stage": stage.name, "step": 0, "kind": "between", "bytes": held})
             measure_handoff(leg, kept, base.outputs, handed)
         leg.start = leg.evaluate("start")
+    leg.evaluate_if_due()  # what a signal has broken off before
     leg.window = Window(time.monotonic())
     run.log.begin_stage(index, leg.step, run.sizes.multiple)
     return leg
@@ -204,7 +218,10 @@ def _handed_on(run: Run, index: int, stage: Stage, checkpoint: Checkpoint | None
     if handed.merged is None:
         return handed
     if run.accelerator.is_main_process:
-        write_checkpoint(folder, 0, {"transformer": handed.merged}, {"stage": stage.name, "merged": run.baton.origin})
+        merged, origin = handed.merged, run.baton.origin
+        run.room.must(f"the folder of '{stage.name}'", lambda: folder.parent.mkdir(exist_ok=True))
+        size = sum(value.nbytes for value in merged.values())
+        run.room.must("the base with the adapter folded in", lambda: write_checkpoint(folder, 0, {"transformer": merged}, {"stage": stage.name, "merged": origin}), size=size)
     run.processes.wait()
     return HandedOn(Baton(step_folder(folder, 0) / "transformer.safetensors", None, run.baton.origin))
 

@@ -6,7 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from mixing.plain_file import open_plain
 from stages.problems import nearest, quoted
+
+_MOST_JSON = 64 * 2**20  # bytes of a .json that is read as a whole; what describes a model or a dataset has a few thousand
 
 
 def place_of(root: Path, path: str) -> str:
@@ -30,8 +33,11 @@ def missing(root: Path, path: str) -> str:
 def read_json(file: str) -> dict[str, object] | str:
     """The JSON object in a file, or what is wrong with it."""
     try:
-        with open(file, encoding="utf-8") as stream:
-            value = json.load(stream)
+        with open_plain(file) as stream:
+            content = stream.read(_MOST_JSON + 1)
+        if len(content) > _MOST_JSON:
+            return f"is larger than {_MOST_JSON // 2**20} MiB"
+        value = json.loads(content.decode("utf-8"))
     except OSError as error:
         return f"cannot be read: {(error.strerror or str(error)).lower()}"
     except (ValueError, RecursionError) as error:

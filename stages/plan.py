@@ -353,6 +353,21 @@ class Handoff(_Word):
     """`keep`: the average goes on from where it was (its clock restarts). `reset`: it starts from this stage's first weights. Both need `ema`."""
 
 
+class Guard(_Word):
+    """What is done about steps whose numbers cannot be right. Before the optimizer makes a step all processes agree on whether every image's loss and the gradient are numbers; if one
+    is not, the step is skipped: weights, moments, average and learning rate stay as they are, the data goes on, and the rows are named. A spike is a step whose mean loss or whose
+    gradient's norm stands far above those of the steps before."""
+
+    skips: Annotated[int, Field(strict=True, ge=0, le=100)] = 10
+    """How many of any 100 steps may be skipped before the run stops, at its last checkpoint. 0 stops at the first; with 100 it stops only where no step of the stage was made. What
+    fp16 skips while it looks for its loss scale is not counted."""
+    on_spike: Literal["say", "skip", "ignore"] = "say"
+    """`say`: a warning names the rows with the largest losses, and the step is made. `skip`: it is skipped besides, and counted among `skips`. `ignore`: nothing is looked for."""
+    sigmas: Annotated[float, Field(ge=3, le=100, allow_inf_nan=False)] = 6.0
+    """How many standard deviations above the median a spike stands, at least, both robust and of the logarithms over the last 256 steps; and twice as far above it as any of these.
+    The first 64 steps of a stage are not judged."""
+
+
 class Level(_Word):
     """One of several resolutions of a stage."""
 
@@ -473,6 +488,8 @@ class Stage(_Word):
     """What makes a step of the gradient: AdamW if left out."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; `null` clips nothing."""
+    guard: Guard = Guard()
+    """What is done about steps whose numbers cannot be right."""
     ema: Fraction | None = None
     """Decay of a float32 moving average of what trains; it is evaluated and published in the place of the raw weights."""
     timesteps: Timesteps = Timesteps()
@@ -518,7 +535,7 @@ class Evaluate(_Word):
     time: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.03
     """Of `rows: auto`: which part of the time of training evaluations may take. Samples (`accuracy`, `metrics`, previews) are not counted."""
     every: Count | None = None
-    """Also every so many steps."""
+    """Also every so many steps. Every one is in metrics.jsonl; of a stage that has over 100 of them the losses row by row are kept of every second one, then of every fourth, ..."""
     accuracy: Accuracy | None = None
     """Judge samples with a classifier at the end of every stage that has the last stage's resolution."""
     metrics: Annotated[list[MetricName] | dict[MetricName, MetricModel], Field(union_mode="left_to_right")] = Field(default_factory=list)
@@ -612,7 +629,7 @@ class Plan(_Word):
     keep: Count = 1
     """How many checkpoints inside a stage are kept; the end of a stage is always kept."""
     log_every: Count = 10
-    """Steps between lines in metrics.jsonl and on the console."""
+    """Steps between lines in metrics.jsonl and on the console. A file of 64 MiB is closed as metrics-000001.jsonl, and another is begun; so is trace.jsonl."""
     dry_step: bool | None = None
     """Whether, before anything trains, every stage makes a step of its largest micro-batch on made-up images and throws it away, so that what does not fit into
     memory is known in the first minutes. Left out: on a GPU."""

@@ -137,6 +137,7 @@ _WHERE = {
     "Power": "stages: mix: power",
     "Every": "stages: checkpointing",
     "Optimizer": "stages: optimizer",
+    "Guard": "stages: guard",
     "Timesteps": "stages: timesteps",
     "Pyramid": "stages: pyramid",
     "Ramped": "stages: pyramid: shares",

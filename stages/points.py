@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stages.log_files import log_events
 
 Cell = str | float | int | None
 
@@ -121,11 +122,8 @@ _OF_EVENT: Mapping[str, Callable[[Mapping[str, Any]], _Found]] = {
 }
 
 
-def points(metrics: Path, stages: Stages) -> Iterator[Point]:
-    """Those of a whole metrics.jsonl, in order; a torn last line is none."""
-    if not metrics.exists():
-        return
-    with metrics.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n") and (found := point(json.loads(line), stages)):
-                yield found
+def points(folder: Path, stages: Stages) -> Iterator[Point]:
+    """Those of the whole metrics.jsonl of a run folder, in order; a torn last line is none."""
+    for event in log_events(folder, "metrics"):
+        if found := point(event, stages):
+            yield found

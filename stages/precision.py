@@ -76,6 +76,12 @@ class StagePrecision:
         self._scale = self.scaler.get_scale()
         return 0 < before <= self._scale  # it falls with every skipped step; at 0 there is nothing left to fall, and no step is made
 
+    def leave_scale(self) -> None:
+        """In the place of `update_scale` where no step was tried: the loss scale stays."""
+        if self.mode == "fp16":
+            self._scale = self._scale if self._scale is not None else self.scaler.get_scale()
+            self.scaler.update(self._scale)  # which besides forgets that the gradients were unscaled
+
     def load_scale(self, state: Mapping[str, Any]) -> None:
         """Go on with the loss scale of a checkpoint, what `scaler.state_dict()` gave."""
         if self.mode == "fp16":

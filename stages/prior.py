@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from rich.markup import escape
+from torch import nn
 
 from mixing.buckets import class_of
 from mixing.images import from_tensor
 from mixing.keys import key
+from mixing.plain_file import read_plain
 from mixing.rows import NoRows
 from mixing.selected import Selection
 from mixing.source import Source
@@ -24,6 +27,7 @@ from stages.families.open import fingerprint
 from stages.plan import Plan, Prior, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
+from stages.processes import Processes
 from stages.resolved import main_resolution, num_held_out, quantised, still_mixes
 from stages.sampler import Sampler, sample
 from stages.shown import Shown
@@ -38,7 +42,7 @@ def prompts_of(name: str, prior: Prior, root: Path) -> list[str]:
     if not isinstance(prior.prompts, str):
         return list(prior.prompts)
     try:
-        lines = (root / prior.prompts).read_text(encoding="utf-8").splitlines()
+        lines = read_plain(root / prior.prompts).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError.at(f"sources.{name}.prior.prompts", f"'{prior.prompts}' cannot be read: {error}") from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):
@@ -87,46 +91,55 @@ def priors_made(plan: Plan, root: Path) -> dict[str, Path]:
     return {name: place for name, place in places.items() if is_made(place)}
 
 
-def make_prior(plan: Plan, name: str, folder: Path, family: Family, accelerator: Accelerator, engine: Engine, root: Path, say: Callable[[str], None]) -> None:
+def make_prior(
+    plan: Plan, name: str, folder: Path, family: Family, processes: Processes, engine: Engine, inside: Callable[[nn.Module], AbstractContextManager[None]], root: Path, say: Callable[[str], None]
+) -> None:
     """Make a prior source's images with the untrained model, shared out among the processes, each with its prompt in a .txt beside it.
 
-    Image i has prompt i modulo their number, and noise keyed by (seed, source, i), so they do not depend on the processes. What is half made is made anew.
+    Image i has prompt i modulo their number, and noise keyed by (seed, source, i), so they do not depend on the processes. Those that a launch before this one has made stand.
+    inside: in what processes sample with a model, as `stages.aside.aside`; raises Stopped if a signal comes.
     """
     prior = plan.sources[name].prior
     assert prior is not None
     prompts, side = prompts_of(name, prior, root), side_of(plan, name)
     if side % family.pixel_multiple:
         raise PlanError.at(f"sources.{name}.prior.resolution", f"{side} is not a multiple of {family.pixel_multiple}, as {family.pipeline_class} needs")
-    say(f"source {name}: the model makes its {prior.count:,} images of {side} x {side} pixels first, into {folder}")
+    say(f"source {name}: the model makes its {prior.count:,} images of {side} x {side} pixels first, into {escape(str(folder))}")
     partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    if processes.is_main:
+        partial.mkdir(parents=True, exist_ok=True)
+    processes.wait()
     on_gpu = family.device.type == "cuda"
     # Quantised where the first stage that draws the source is, for where that fits the model fits.
     wanted = Stored(torch.bfloat16 if on_gpu else torch.float32, quantised(_first_drawing(plan, name)))
     transformer = engine.place(load_stored(family, wanted, None, device=engine.loads_on))
     sampler = Sampler(prior.steps, StagePrecision("bf16" if on_gpu else "fp32", family.device), prior.guidance)
     shape = family.encode_images(torch.zeros(1, 3, side, side)).shape[1:]
-    with engine.shared_out(transformer):
-        for number, first in enumerate(range(0, prior.count, _AT_ONCE)):
-            if number % accelerator.num_processes != accelerator.process_index:
+    portions = [range(first, min(first + _AT_ONCE, prior.count)) for first in range(0, prior.count, _AT_ONCE)]
+    there = processes.gathered({image for images in portions for image in images if (partial / f"{image:06d}.png").exists()})[0]
+    if there:
+        say(f"  {len(there):,} of them are there already")
+    with inside(transformer):
+        for number, images in enumerate(portions):
+            if number % processes.number != processes.rank or there.issuperset(images):
                 continue
-            images = range(first, min(first + _AT_ONCE, prior.count))
             asked = [prompts[image % len(prompts)] for image in images]
             shown = Shown(torch.empty(len(asked), *shape), family.encode_prompts(asked), (), None)
             made = family.decode_latents(sample(family, transformer, shape, [key(plan.seed, "prior", name, image) for image in images], shown, sampler))
             for image, prompt, pixels in zip(images, asked, made, strict=True):
-                from_tensor(pixels.cpu()).save(partial / f"{image:06d}.png")
                 (partial / f"{image:06d}.txt").write_text(prompt, encoding="utf-8")
+                half = partial / f".{image:06d}.png"
+                from_tensor(pixels.cpu()).save(half)
+                half.replace(partial / f"{image:06d}.png")
     engine.release(transformer)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    processes.wait()
+    if processes.is_main:
+        for half in partial.glob(".*.png"):  # of a launch that was killed
+            half.unlink()
         (partial / _DONE).write_text(json.dumps({"images": prior.count, "prompts": len(prompts)}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    accelerator.wait_for_everyone()
+    processes.wait()
 
 
 def planned(plan: Plan, name: str) -> Selection:

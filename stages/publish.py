@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mixing.batch import MicroBatch
 from stages.adapter import lora_layers, of_adapter
-from stages.checkpoint import sync
+from stages.checked import DamagedError, checked, read_checked
+from stages.checkpoint import file_sha256, sync
 from stages.families.family import Family
 from stages.handoff import probe, same_outputs
 from stages.layouts import load_back, write_adapter, write_layouts
@@ -26,6 +27,7 @@ from stages.problems import RunError
 from stages.storage import quantise
 
 NONE: Mapping[str, Path] = MappingProxyType({})
+_HASHES = ".medley.json"  # hidden, so that it is no part of what goes to the Hub
 _OUTPUTS = 1e-5  # of the largest output, over a base in fp32
 _ROUNDED = 0.5  # of the outputs' norm, over a base in bf16: they cannot tell a weak adapter from rounding, the pairs can; but another model they tell
 _PAIRS = {"fp32": 1e-5, "bf16": 2e-2}  # of a pair's product; a pipeline in bf16 rounds the pairs too
@@ -56,7 +58,7 @@ class Trained:
     """What its blocks are quantised to. The proof quantises the fresh transformer alike: so it is the function that training saw, and takes no more memory."""
 
 
-def publish_adapter(
+def make_adapter(
     folder: Path,
     family: Family,
     plan: Plan,
@@ -67,15 +69,49 @@ def publish_adapter(
     sheet: Path,
     images: Mapping[str, Path] = NONE,
 ) -> float:
-    """Write adapter/ and prove it: load it into fresh transformers as the family's users do, and compare the outputs on `batches`.
+    """Write what adapter/ is to hold beside its place, and prove it: load it into fresh transformers as the family's users do, and compare the outputs on `batches`.
 
     trained: one entry for each transformer that learnt. notes: strings of the files' headers. sheet: a picture for the card, if it exists. images: further
     ones, by the names that they have beside it. Returns the largest
-    difference of the outputs. Raises PublishError if it is more than rounding; then what was published before stands.
+    difference of the outputs; where there are no batches, as of a stream of which no row is held out, the pairs alone are compared. Raises PublishError if it is more than rounding. What was published before stands until `show_adapter`.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        return _fill(partial, folder, family, plan, trained, batches, notes, card, sheet, images)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to be kept full by it
+        raise
+
+
+def show_adapter(folder: Path) -> None:
+    """Bring what `make_adapter` wrote into view, in the place of what was published before."""
+    clear_old(folder)
+    if folder.exists():
+        folder.rename(_old(folder))
+    _partial(folder).rename(folder)
+    sync(folder.parent)
+    clear_old(folder)
+
+
+def clear_old(folder: Path) -> None:
+    """Take away what was published before, where a process was killed before it could. folder: what is in view."""
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _fill(
+    partial: Path, folder: Path, family: Family, plan: Plan, trained: Sequence[Trained], batches: Mapping[str, MicroBatch], notes: Mapping[str, str], card: str, sheet: Path, images: Mapping[str, Path]
+) -> float:
+    """Write what `make_adapter` makes into `partial`, and prove it. folder: where it will be. Returns and raises as that does."""
     if sheet.exists():
         shutil.copyfile(sheet, partial / "previews.png")
     for name, image in images.items():
@@ -97,7 +133,6 @@ def publish_adapter(
         outputs = probe(family, fresh, batches, each.precision, plan.seed)
         difference = same_outputs(each.saw, outputs)
         if not off <= _PAIRS[each.storage] or not _agree(each, outputs, difference):
-            shutil.rmtree(partial)
             of_expert = f" (expert {each.expert})" if each.expert else ""
             raise PublishError(
                 f"{folder}: not published: loaded back by {family.pipeline_class}{of_expert}, a layer's pair differs from the trained one by {off:.3g} of itself, "
@@ -105,22 +140,26 @@ def publish_adapter(
             )
         worst = max(worst, difference)
     (partial / "README.md").write_text("\n".join([card, "## ComfyUI", "", *said, ""]), encoding="utf-8")
+    weights = {path.name: file_sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+    (partial / _HASHES).write_text(checked(weights), encoding="utf-8")
     for path in partial.rglob("*"):
         sync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    sync(folder.parent)
     return worst
+
+
+def is_as_published(folder: Path) -> bool:
+    """Whether the weights in adapter/ are those that were published there; the card may be edited. A former version wrote no hashes: then they are believed."""
+    try:
+        weights = read_checked(folder / _HASHES)
+        return weights is None or all(file_sha256(folder / name) == digest for name, digest in weights.items())
+    except (DamagedError, OSError):
+        return False
 
 
 def _agree(trained: Trained, outputs: Mapping[str, Tensor], difference: float) -> bool:
     """Whether what a fresh transformer gives with the adapter is what training saw, but for rounding. difference: the largest."""
     if trained.storage == "fp32":
-        return difference <= _OUTPUTS * max(1.0, *(float(output.abs().max()) for output in trained.saw.values()))
+        return difference <= _OUTPUTS * max([1.0, *(float(output.abs().max()) for output in trained.saw.values())])
     apart = sum(float((outputs[name] - saw).double().square().sum()) for name, saw in trained.saw.items())
     whole = sum(float(saw.double().square().sum()) for saw in trained.saw.values())
     return apart <= _ROUNDED**2 * whole

@@ -5,8 +5,7 @@ Beside each mean stand the two ends that give it a meaning: the ceiling, what re
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from mixing.buckets import Shapes
 from mixing.images import from_tensor
 from mixing.keys import key
 from mixing.selected import Selection
+from stages.checked import DamagedError, checked, ignore, read_checked
 from stages.checkpoint import write_whole
 from stages.engine import ALONE
 from stages.evaluate import portions
@@ -53,12 +53,19 @@ class Quality:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(asdict(self)))
+        write_whole(path, checked(asdict(self)))
 
     @staticmethod
-    def load(path: Path) -> Quality | None:
-        """Read what `save` wrote; None if there is no such file."""
-        return Quality(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    def load(path: Path, say: Callable[[str], object] = ignore) -> Quality | None:
+        """Read what `save` wrote; None if there is no such file, and where it is damaged, which is said through `say`."""
+        try:
+            saved = read_checked(path)
+        except DamagedError as error:
+            say(str(error))
+            return None
+        if saved is None or not all(isinstance(saved.get(name), dict) for name in Quality.__annotations__):
+            return None
+        return Quality(**{name: saved[name] for name in Quality.__annotations__})
 
     def summary(self, base: Quality | None, last: Quality | None) -> dict[str, dict[str, dict[str, float | int | None]]]:
         """Source to metric: mean and its standard error (None of one row), rows, ceiling, floor, and the paired changes since the untrained model and since the last stage's end."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mixing.plain_file import open_plain
 from stages.document import MOST_BYTES, MOST_VALUES, Entry, Node, parse
 from stages.plan import Plan
 from stages.problems import MOST_TOLD, Location, PlanError, Problem, written
@@ -123,7 +124,7 @@ def _rules() -> Rules:
 def _text(path: Path, most_bytes: int) -> str:
     """The file's text. Raises PlanError if there is none to be had."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             content = file.read(most_bytes + 1)
     except OSError as error:
         raise PlanError.at(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}") from error

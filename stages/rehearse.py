@@ -312,7 +312,7 @@ def show(rehearsal: Rehearsal, plan: Plan, facts: ModelFacts | None, console: Co
     for column in ("source", "task", "rows", "stood for by"):
         sources.add_column(column, justify="right" if column == "rows" else "left")
     for name, small in rehearsal.sources.items():
-        sources.add_row(Text(name), small.source.task, str(small.rows), small.note)
+        sources.add_row(Text(name), small.source.task, str(small.rows), Text(small.note))
     console.print(sources)
     for failure in rehearsal.launched.failures:
         console.print(Text(failure, "red"), soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.markup import escape
 
 from mixing.buckets import Shapes
 from mixing.keys import key
 from mixing.selected import Selection
+from stages.aside import aside
 from stages.cache import Cache
 from stages.checkpoint import Checkpoint
 from stages.digests import FileDigests, file_digest
@@ -36,7 +39,9 @@ from stages.precision import StagePrecision
 from stages.problems import PlanError
 from stages.processes import Processes
 from stages.quality import Quality, quality
+from stages.report import write_report
 from stages.resolved import main_resolution, measures_all, metric_models, quantised, windows_of
+from stages.room import Room
 from stages.sampler import Sampler
 from stages.sampling import Judge, Preview, accuracy, fit_judge, previews
 from stages.stop import Stop
@@ -66,6 +71,8 @@ class Run:
     stop: Stop
     fingerprint: str
     """Of the model."""
+    room: Room
+    """What is written into the run's folder goes through it, on the main process."""
     baton: Baton = field(default_factory=lambda: Baton(None, None, "the model"))
     last: Checkpoint | None = None
     """The last checkpoint of the stage before this one."""
@@ -132,6 +139,10 @@ class Run:
         """How many held-out rows of each source an evaluation measures; None for all of them."""
         return None if self.size is None else self.size.rows
 
+    def aside(self, transformer: torch.nn.Module) -> AbstractContextManager[None]:
+        """In what processes evaluate and sample; as `stages.aside.aside`."""
+        return aside(transformer, self.stop, self.accelerator, self.engine)
+
     def finished(self, index: int) -> Checkpoint | None:
         """The last checkpoint of a stage that is finished, else None."""
         checkpoint = self.checkpoints[index]
@@ -166,6 +177,14 @@ class Run:
         opened = {name: dropped_rows(selection.source.bad) for name, selection in self.selections.items() if selection.source.bad}
         return {"stages": [*pages, *([current] if current else [])], "left_out_at_opening": opened}
 
+    def report(self, *, is_said: bool = False) -> None:
+        """Write report.html on the main process, if the disk lets it. is_said: whether it is printed where it lies."""
+        if self.accelerator.is_main_process:
+            cure = f"python -m stages.report {self.folder} writes it"
+            written = self.room.may("report.html", lambda: write_report(self.folder), lambda message: self.log.warn(message, "", 0), cure)
+            if written is not None and is_said:
+                self.log.say(f"report: {escape(str(written))}")
+
     def steps_before(self, index: int) -> int:
         """Steps of all earlier stages: the tracker counts on over stages."""
         return sum(stage.steps for stage in self.plan.stages[:index])
@@ -189,7 +208,7 @@ class Run:
             sampler=sampler,
             seed=self.plan.seed,
             accelerator=self.accelerator,
-            in_step=self.engine.shared_out(transformer),
+            in_step=self.aside(transformer),
         )
 
     def judged(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> dict[str, float] | None:
@@ -206,7 +225,7 @@ class Run:
             sampler=sampler,
             seed=self.plan.seed,
             accelerator=self.accelerator,
-            in_step=self.engine.shared_out(transformer),
+            in_step=self.aside(transformer),
         )
 
     def quality(self, transformer: torch.nn.Module, stage: Stage, sampler: Sampler) -> Quality | None:
@@ -224,7 +243,7 @@ class Run:
             sampler=sampler,
             seed=self.plan.seed,
             accelerator=self.accelerator,
-            in_step=self.engine.shared_out(transformer),
+            in_step=self.aside(transformer),
         )
 
     def t_range(self, stage: Stage) -> tuple[float, float]:

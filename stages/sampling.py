@@ -20,6 +20,7 @@ from mixing.batch import read_rows
 from mixing.buckets import Shapes
 from mixing.images import UnreadableImage, decode, fit, from_tensor
 from mixing.keys import key
+from mixing.plain_file import read_plain
 from mixing.selected import Selection
 from stages.engine import ALONE
 from stages.families.family import Family
@@ -171,7 +172,7 @@ def fit_judge(folder: Path, resolution: int) -> Judge:
 
     images, labels = [], []
     file = folder / "metadata.jsonl"
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_plain(file).decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

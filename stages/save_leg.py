@@ -14,16 +14,22 @@ from stages.adapter import adapter_weights
 from stages.checkpoint import keep_newest, step_folder, write_checkpoint, write_whole
 from stages.ledger import ledger_entry
 from stages.leg import Leg
+from stages.log_files import BEGINNING, Place, saved_place
 from stages.placed import all_adapters
+from stages.ruin import refuse_ruin
 from stages.sharing import whole
 
 if TYPE_CHECKING:
     from mixing.lanes import State
 
 
-def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint of everything that resuming needs; every process takes part, the main one writes."""
+def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | None = None, logged: Place | None = None) -> None:
+    """Write a checkpoint of everything that resuming needs; every process takes part, the main one writes.
+
+    logged: up to where metrics.jsonl stands when it is gone on with; None is all of it. Raises TrainingError where numbers would be kept that are none.
+    """
     run, stage = leg.run, leg.stage
+    refuse_ruin(leg)
     names = list(leg.mixture.asked)
     counted = leg.summed([*(leg.images.get(name, 0) for name in names), *(leg.tokens.get(name, 0) for name in names), *leg.levels])
     lanes = leg.lanes.states(leg.mixture, leg.step)
@@ -62,26 +68,32 @@ def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | No
             "scaler": leg.precision.scaler.state_dict(),
             "skipped": leg.skipped,
             "skipped_in_a_row": leg.skipped_in_a_row,
+            "guard": leg.guard.state(),
             "ema_updates": leg.average.updates if leg.average else None,
             "images": images,
             "tokens": tokens,
             "levels": levels,
             "lanes": {**leg.lanes.others, **lanes},
+            "to_evaluate": leg.to_evaluate,
             "adaptive": leg.follower.state() if leg.follower else None,
             "bad": leg.bad,
             "drawn": drawn,
             "ledger": entry,
             "seconds": leg.seconds_before + time.monotonic() - leg.began,
             "processes": run.accelerator.num_processes,
-            "metrics_bytes": run.log.size(),
-            "trace_bytes": run.trace.size() if run.trace else 0,
+            **saved_place("metrics", logged or run.log.place()),
+            **saved_place("trace", run.trace.place() if run.trace else BEGINNING),
         }
-        write_checkpoint(folder, leg.step, tensors, state)
-        keep_newest(folder, 1 if finished else run.plan.keep, leg.step)
-        write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1))
+        room, step = run.room, leg.step
+        size = sum(value.nbytes for values in tensors.values() for value in values.values())
+        room.must(f"the checkpoint of '{stage.name}', step {step},", lambda: write_checkpoint(folder, step, tensors, state), size=size)
+        room.stands = f"'{stage.name}', step {step},"
+        room.must("what stands in the place of older checkpoints", lambda: keep_newest(folder, 1 if finished else run.plan.keep, step))
+        room.must("ledger.json", lambda: write_whole(run.folder / "ledger.json", json.dumps(run.ledger(entry), indent=1)))
         if run.hub is not None:
             run.hub.put_checkpoint()
     run.processes.wait()
+    run.room.stands = f"'{stage.name}', step {leg.step},"  # each process may come to say it
 
 
 def _tensors(leg: Leg) -> dict[str, dict[str, Tensor]]:

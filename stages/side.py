@@ -97,9 +97,14 @@ def open_side(folder: Path) -> OpenedRun:
     return opened
 
 
+def side_file(run: OpenedRun, evaluation: Evaluation) -> Path:
+    """Where the losses of the rows of one of its evaluations lie, if they are kept."""
+    return rows_file(run.folder, run.stage_names.index(evaluation.stage), evaluation.stage, evaluation.step)
+
+
 def side_at(run: OpenedRun, evaluation: Evaluation) -> Side:
     """A run at one of its evaluations. Raises PlanError if the losses of its rows are not there, or are another evaluation's."""
-    file = rows_file(run.folder, run.stage_names.index(evaluation.stage), evaluation.stage, evaluation.step)
+    file = side_file(run, evaluation)
     rows = read_rows(file)
     if rows is None:
         raise PlanError.at(str(file), "the losses of held-out rows are not there, or cannot be read; a run of a version that did not keep them has to be carried out anew")

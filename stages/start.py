@@ -14,12 +14,14 @@ from torch import Tensor
 
 from stages.adapter import of_adapter, saved_name
 from stages.checkpoint import newest_checkpoint
+from stages.formats import FormatError
 from stages.handoff import Baton, read_baton
 from stages.layouts import ADAPTER_FILE
+from stages.model_mark import model_mark
 from stages.pairs import joined, layers_of, rescaled
 from stages.peft_layout import CONFIG_FILE, WEIGHTS_FILE
 from stages.placed import DEFAULT, placed_adapters, scale_of
-from stages.plan import Adapter, Plan
+from stages.plan import Adapter, Model, Plan
 
 _PREFIXES = ("base_model.model.", "transformer.")
 
@@ -36,12 +38,18 @@ def read_start(plan: Plan, fingerprint: str, place: Path | None = None) -> Baton
         if file.is_file() and file.suffix == ".safetensors":
             return _from_file(plan, file, fingerprint)
     if (place / "stages").is_dir():
-        folders = sorted((place / "stages").iterdir(), key=lambda folder: int(folder.name.split("-")[0]))
+        folders = sorted((folder for folder in (place / "stages").iterdir() if re.match(r"[0-9]+-", folder.name)), key=lambda folder: int(folder.name.split("-")[0]))
     else:
         folders = [place]
     for folder in reversed(folders):
-        checkpoint = newest_checkpoint(folder, lambda message: None)
+        passed_over: list[str] = []
+        try:
+            checkpoint = newest_checkpoint(folder, passed_over.append)
+        except FormatError as error:
+            raise ValueError(f"start: {error}; {error.cure}") from None
         if checkpoint is None or not checkpoint.state["finished"]:
+            if passed_over:  # it may be the one that is meant
+                raise ValueError(f"start: {passed_over[0].removeprefix('skipping a checkpoint: ')}; restore it, or name the folder of the stage to begin from")
             continue
         recorded = checkpoint.state["plan"]
         if recorded["fingerprint"] != fingerprint:
@@ -92,7 +100,12 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
         given = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"start: {file} is no safetensors file ({error})") from None
-    if notes.get("medley.model", fingerprint) != fingerprint:
+    if "medley.base" in notes:  # its run trained the model's own weights first
+        if not _stands_on(plan.model, notes, fingerprint):
+            raise ValueError(
+                f"start: {file} belongs to the weights that its run had trained before it, and the plan's model has others; begin from the run's folder, or write `model:` with the trained model that the run published beside it"
+            )
+    elif notes.get("medley.model", fingerprint) != fingerprint:
         raise ValueError(f"start: {file} was trained on another model than the plan's")
     wanted = placed_adapters(plan, -1)
     if list(wanted) != [DEFAULT]:
@@ -117,6 +130,12 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
     config = _config(file, notes)
     scales = {layer: _file_scale(layer, weights[f"{layer}.lora_A.weight"].shape[0], alphas, config, file) for layer in layers_of(weights)}
     return Baton(None, {name: value / (wanted[DEFAULT].scale / scales[name.split(".lora_")[0]]) if ".lora_B." in name else value for name, value in weights.items()}, str(file))
+
+
+def _stands_on(model: str | Model, notes: Mapping[str, str], fingerprint: str) -> bool:
+    """Whether the plan's model is the one that a run trained and published, of whose adapter these are the notes. Of a model on the Hub only that it is not the untrained one."""
+    folder = Path(model.repo if isinstance(model, Model) else model)
+    return model_mark(folder) == notes["medley.base"] if folder.is_dir() else fingerprint != notes.get("medley.model")
 
 
 def _plain(name: str) -> str:

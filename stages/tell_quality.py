@@ -18,7 +18,8 @@ def tell_quality(leg: Leg, found: Quality) -> None:
     run, folder = leg.run, leg.run.folder / "evaluations"
     last = None if leg.index == 0 else Quality.load(folder / f"{leg.index}-{run.plan.stages[leg.index - 1].name}-quality.json")
     if run.accelerator.is_main_process:
-        found.save(folder / f"{leg.index + 1}-{leg.stage.name}-quality.json")
+        file = folder / f"{leg.index + 1}-{leg.stage.name}-quality.json"
+        run.room.must(f"what the metrics say, {file.name},", lambda: found.save(file))
     summary = found.summary(untrained(run, leg.stage).quality, last)
     run.log.write({"event": "quality", "stage": leg.stage.name, "step": leg.step, "sources": summary})
     for metric in found.scores:

@@ -8,6 +8,7 @@ process with SIGBUS where a network file system takes the file away under it.) T
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -205,7 +206,16 @@ class TensorStore:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
         else:
-            self._descriptors[shard] = os.open(self._folder / self._index.names[shard], os.O_RDONLY)
+            path = self._folder / self._index.names[shard]
+            try:
+                opened = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._descriptors:
+                    raise
+                while self._descriptors:  # no more may be open, which is no word on the shard
+                    os.close(self._descriptors.popitem()[1])
+                opened = os.open(path, os.O_RDONLY)
+            self._descriptors[shard] = opened
             if len(self._descriptors) > _OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[shard]

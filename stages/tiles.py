@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,16 @@ LONGEST_SIDE = 224
 _KEPT_EXACT = 64  # pixels of a longer side up to which a tile is a PNG; JPEG would smear a picture of so few
 
 
+def write_image(file: Path, image: Image.Image, **how: int) -> None:
+    """Write a picture in the format that the file's name says. how: what PIL is told besides.
+
+    Encoded before it is written, for where PIL (12) writes it itself its error on a full disk says nothing of the disk.
+    """
+    content = io.BytesIO()
+    image.save(content, {".png": "PNG", ".jpg": "JPEG"}[file.suffix], **how)
+    file.write_bytes(content.getvalue())
+
+
 def write_tiles(folder: Path, name: str, shown: Sequence[Preview], base: str | None = None) -> list[dict[str, Any]]:
     """Write previews into previews/`name` of a run's folder: each output whole as SOURCE-ROW.png, and in tiles/ every picture small.
 
@@ -30,13 +41,13 @@ def write_tiles(folder: Path, name: str, shown: Sequence[Preview], base: str | N
     for preview in shown:
         numbers[preview.source] += 1
         row = f"{preview.source}-{numbers[preview.source]}"
-        preview.output.save(tiles.parent / f"{row}.png")
+        write_image(tiles.parent / f"{row}.png", preview.output)
 
         def tile(image: Image.Image, kind: str, row: str = row) -> str:
             small = image.convert("RGB")
             small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             file = tiles / f"{row}-{kind}.{'png' if max(small.size) <= _KEPT_EXACT else 'jpg'}"
-            small.save(file, quality=82)
+            write_image(file, small, quality=82)
             return file.relative_to(folder).as_posix()
 
         output = tile(preview.output, "output")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,11 +15,13 @@ from rich.table import Table
 from mixing.order import Order
 from stages.heard import Heard, Remark
 from stages.live import View, plain_line
+from stages.log_files import BEGINNING, Place
 from stages.plan import Plan
 from stages.points import Stages, point, points
 from stages.processes import Processes
 from stages.reader import to_yaml
 from stages.resolved import trackers_of
+from stages.room import Lines, Room
 from stages.time_left import Pace
 from stages.trackers.trackers import Trackers
 
@@ -31,20 +31,20 @@ _MOST_REMARKS, _REMARK = 20, 160  # of the libraries beneath, that are shown, an
 class Log:
     """The run's record. On processes other than the main one every method does nothing, but for what they have to do together."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, console: Console, keep_bytes: int, plan: Plan, heard: Heard | None) -> None:
-        """keep_bytes: how much of an existing metrics.jsonl stands; what a killed run wrote after its last checkpoint is cut off. heard: what the libraries beneath remark."""
+    def __init__(self, room: Room, accelerator: Accelerator, console: Console, keep: Place | None, plan: Plan, heard: Heard | None) -> None:
+        """room: of the run's folder. keep: up to where metrics.jsonl stands; what a killed run wrote after its last checkpoint is cut off. None is all of it. heard: what the libraries beneath remark."""
         self.main = accelerator.is_main_process
-        self.console, self._accelerator, self._folder, self._plan, self._heard = console, accelerator, folder, plan, heard
-        self.path = folder / "metrics.jsonl"
+        self.console, self._accelerator, self._folder, self._plan, self._heard = console, accelerator, room.folder, plan, heard
         self._stages = Stages({stage.name: stage.steps for stage in plan.stages})
         self._trackers = Trackers(lambda message: self.warn(message, *self._place))
         self._view: View | None = None
         self._place = ("", 0)
         self._multiple = 1
         self._remarks = 0
+        self._is_behind = False
         if self.main:
-            cut(self.path, keep_bytes)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._lines = Lines(room, "metrics", keep)
+            _say_lost(self._lines, "metrics.jsonl", "the report lacks them", self)
         if heard:
             heard.tell(self._remark if self.main else None)
 
@@ -57,14 +57,16 @@ class Log:
         """Begin, or go on with, one curve for the whole run, in each tracker that the plan asks for."""
         if self.main:
             plan = self._plan
-            self._trackers.open(trackers_of(plan), self._folder, plan.name, plan.model_dump(mode="json"), to_yaml(plan), lambda: points(self.path, self._stages))
+            self._trackers.open(trackers_of(plan), self._folder, plan.name, plan.model_dump(mode="json"), to_yaml(plan), lambda: points(self._folder, self._stages))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, and to the trackers what it brings to the curves. record: has "event"; the time is added."""
         if not self.main:
             return
-        self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        if self._lines.is_behind and not self._is_behind:
+            self.say(f"[yellow]the disk of {escape(str(self._folder))} is full[/yellow]: lines of metrics.jsonl wait in memory; the run goes on until it has to save")
+        self._is_behind = self._lines.is_behind
         if "stage" in record:
             self._place = record["stage"], record.get("step", 0)
         if found := point(record, self._stages):
@@ -112,8 +114,8 @@ class Log:
             self.say(plain_line(self._plan, record, pace, self._multiple))
 
     def warn(self, message: str, stage: str, step: int) -> None:
-        """Print a warning and record it."""
-        self.say(f"[yellow]warning:[/yellow] {message}")
+        """Print a warning and record it. What looks like markup in it is text: a file can be called `[/red].png`."""
+        self.say(f"[yellow]warning:[/yellow] {escape(message)}")
         self.write({"event": "warning", "stage": stage, "step": step, "message": message})
 
     def hear(self, processes: Processes) -> None:
@@ -141,13 +143,9 @@ class Log:
         elif self._remarks == _MOST_REMARKS + 1:
             self.say("[dim]what libraries remark from here on stands in metrics.jsonl[/dim]")
 
-    def size(self) -> int:
-        """Bytes of metrics.jsonl so far, all of them on the disk."""
-        if not self.main:
-            return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+    def place(self) -> Place:
+        """Where metrics.jsonl stands, all of it on the disk."""
+        return self._lines.place() if self.main else BEGINNING
 
     def close(self) -> None:
         """Take the view away, end the trackers' runs and the process group, and close the file."""
@@ -157,36 +155,34 @@ class Log:
             self._trackers.close()
             if self._heard:
                 self._heard.tell(None)
-            self._file.close()
+            if left := self._lines.close():
+                self.say(f"[yellow]{left:,} bytes of metrics.jsonl found no room[/yellow]; what was saved has all that belongs to it")
         self._accelerator.end_training()
 
 
 class Trace:
     """trace.jsonl: every row drawn, in global order."""
 
-    def __init__(self, folder: Path, keep_bytes: int) -> None:
-        path = folder / "trace.jsonl"
-        cut(path, keep_bytes)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, room: Room, keep: Place | None, log: Log) -> None:
+        """keep: up to where the trace stands, as of `Log`."""
+        self._lines = Lines(room, "trace", keep, at_once=2**16)
+        _say_lost(self._lines, "trace.jsonl", "it does not tell every row that was drawn", log)
 
     def write(self, stage: str, step: int, rows: list[tuple[int, str, str]]) -> None:
         """Add a step's rows. rows: micro-batch, source and key of each, in order."""
         lines = [json.dumps({"stage": stage, "step": step, "micro": micro, "source": source, "key": row}) for micro, source, row in rows]
-        self._file.write("".join(f"{line}\n" for line in lines))
+        self._lines.add("".join(f"{line}\n" for line in lines))
 
-    def size(self) -> int:
-        """Bytes so far, all of them on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+    def place(self) -> Place:
+        """Where it stands, all of it on the disk."""
+        return self._lines.place()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
-def cut(path: Path, keep_bytes: int) -> None:
-    """Cut a file after so many bytes; a missing file is made."""
-    with path.open("ab") as file:
-        if file.tell() > keep_bytes:
-            file.truncate(keep_bytes)
+def _say_lost(lines: Lines, name: str, so: str, log: Log) -> None:
+    """Warn of lines that were there when the checkpoint was saved, and are not now."""
+    if lines.lost_bytes:
+        log.warn(f"{name} is {lines.lost_bytes:,} bytes shorter than when the checkpoint was saved; {so}, and what is learnt does not depend on it", "", 0)

@@ -106,6 +106,8 @@ def _of_stage(stage: Stage, *, is_first: bool, several: bool) -> Iterator[tuple[
         yield ("dropout", "references"), "with mode: nested the references go only where the prompt went, and no prompt goes; give dropout.prompt"
     if stage.dropout.prompt == 0 and stage.dropout.references == 0:
         yield ("dropout", "mode"), "nothing is left out; give dropout.prompt, or remove it"
+    if stage.guard.on_spike == "ignore":
+        yield ("guard", "sigmas"), "on_spike: ignore looks for no spike; remove it, or choose say or skip"
     if stage.optimizer.name != "prodigy":
         for field in ("d0", "d_coef"):
             yield ("optimizer", field), f"{stage.optimizer.name} takes steps of the size that `lr` says; remove it, or choose name: prodigy"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixing.batch import MicroBatch
+from stages.checked import DamagedError, checked, ignore, read_checked
 from stages.checkpoint import write_whole
 from stages.evaluate import Way, evaluate
 from stages.evaluation_size import Size, choose, passes_of, stage_costs, time_rows, time_taken
@@ -24,10 +28,13 @@ from stages.problems import PlanError
 from stages.quality import Quality
 from stages.resolved import windows_of
 from stages.storage import load_stored, stored
+from stages.tensor_shards import raw_bytes
 from stages.tiles import write_tiles
 
 if TYPE_CHECKING:
     from stages.run import Run
+
+_CHECK = "crc32"
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def untrained(run: Run, stage: Stage) -> Untrained:
     if all(run.processes.gathered(kept is not None)) and kept is not None:  # a network drive may show it to some later than to others
         return kept
     folder, name = run.folder / "evaluations", run.base_name(stage)
-    known = load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {}
+    known = _kept_outputs(folder / f"{name}.safetensors") or {}
     precision = StagePrecision(stage.precision, run.accelerator.device)
     loaded = load_stored(run.family, stored(stage), None, stage.expert, run.engine.loads_on)
     run.processes.wait()  # a machine may have had to fetch it first
@@ -76,7 +83,7 @@ def untrained(run: Run, stage: Stage) -> Untrained:
         windows=windows_of(stage),
         t_range=run.t_range(stage),
         rows=run.rows,
-        in_step=run.engine.shared_out(transformer),
+        in_step=run.aside(transformer),
     )
     seconds = time.monotonic() - began
     outputs = known | probe(run.family, transformer, batches, precision, run.plan.seed)
@@ -86,15 +93,10 @@ def untrained(run: Run, stage: Stage) -> Untrained:
         judged, found = run.judged(transformer, stage, sampler), run.quality(transformer, stage, sampler)
         shown = run.previews(transformer, stage, sampler) if run.plan.previews.rows else []
         if run.accelerator.is_main_process:
-            write_tiles(run.folder, name, shown)
+            run.room.must("the previews of the untrained model", lambda: write_tiles(run.folder, name, shown))
     run.engine.release(transformer)
     if run.accelerator.is_main_process:
-        measured.save(folder / f"{name}.json")
-        write_whole(folder / f"{name}-accuracy.json", json.dumps(judged))
-        if found is not None:
-            found.save(folder / f"{name}-quality.json")
-        save_file(outputs, folder / f".{name}.partial")
-        (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
+        run.room.must("what the untrained model was measured to do", lambda: _keep(folder, name, measured, judged, found, outputs))
     run.processes.wait()
     return Untrained(measured, outputs, judged["accuracy"] if judged else None, found, seconds)
 
@@ -102,15 +104,57 @@ def untrained(run: Run, stage: Stage) -> Untrained:
 def _kept(run: Run, stage: Stage, batches: Mapping[str, MicroBatch]) -> Untrained | None:
     """What was measured before; None unless it is all there, of every row that is to be measured."""
     folder, name = run.folder / "evaluations", run.base_name(stage)
-    measured, found = Measured.load(folder / f"{name}.json"), Quality.load(folder / f"{name}-quality.json")
-    if measured is None or not (folder / f"{name}.safetensors").exists() or (run.size is None and not run.measures_all):
+
+    def say(message: str) -> None:
+        run.log.say(f"[yellow]{escape(message)}[/yellow]; the untrained model is measured anew")
+
+    measured, found = Measured.load(folder / f"{name}.json", say), Quality.load(folder / f"{name}-quality.json", say)
+    outputs = _kept_outputs(folder / f"{name}.safetensors", say)
+    try:
+        judged = read_checked(folder / f"{name}-accuracy.json")
+    except DamagedError as error:
+        say(str(error))
         return None
-    outputs = load_file(folder / f"{name}.safetensors")
+    if measured is None or outputs is None or judged is None or (run.size is None and not run.measures_all):
+        return None
     covers = all(measured.asked.get(source, 0) >= len(selection.held_out[: run.rows]) for source, selection in run.selections.items())
     if not covers or not batches.keys() <= probed_names(outputs) or (run.metrics and (found is None or found.how != run.how_sampled)):
         return None
-    judged = json.loads((folder / f"{name}-accuracy.json").read_text(encoding="utf-8"))
-    return Untrained(measured, outputs, judged["accuracy"] if judged else None, found if run.metrics else None, 0.0)
+    return Untrained(measured, outputs, judged.get("accuracy"), found if run.metrics else None, 0.0)
+
+
+def _keep(folder: Path, name: str, measured: Measured, judged: Mapping[str, float] | None, found: Quality | None, outputs: Mapping[str, Tensor]) -> None:
+    """Keep what was measured, so that a later stage and a later launch find it."""
+    measured.save(folder / f"{name}.json")
+    write_whole(folder / f"{name}-accuracy.json", checked(judged or {}))
+    if found is not None:
+        found.save(folder / f"{name}-quality.json")
+    save_file({key: value.contiguous() for key, value in outputs.items()}, folder / f".{name}.partial", metadata={_CHECK: _checksum(outputs)})
+    (folder / f".{name}.partial").rename(folder / f"{name}.safetensors")
+
+
+def _kept_outputs(file: Path, say: Callable[[str], object] = ignore) -> dict[str, Tensor] | None:
+    """The outputs on fixed inputs that were kept; None if there are none, and where the file is damaged, which is said through `say`."""
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as header:
+            check = (header.metadata() or {}).get(_CHECK)
+        outputs: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        say(f"{file} cannot be read ({error})")
+        return None
+    if check is not None and check != _checksum(outputs):  # a former version wrote none
+        say(f"{file} is not what was written (its checksum differs)")
+        return None
+    return outputs
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    check = 0
+    for name in sorted(tensors):
+        check = zlib.crc32(raw_bytes(tensors[name].contiguous()), check)
+    return f"{check:08x}"
 
 
 def _choose_size(run: Run, stage: Stage, transformer: nn.Module, precision: StagePrecision) -> None:
@@ -118,7 +162,7 @@ def _choose_size(run: Run, stage: Stage, transformer: nn.Module, precision: Stag
     held_out = max(len(selection.held_out) for selection in run.selections.values())
     plan, device = run.plan, run.accelerator.device
     way = Way(run.shapes(stage), precision, plan.seed, windows_of(stage), run.t_range(stage))
-    own = time_rows(run.family, transformer, run.selections, way, sizes_at(stage, run.sizes), run.engine.shared_out(transformer))
+    own = time_rows(run.family, transformer, run.selections, way, sizes_at(stage, run.sizes), run.aside(transformer))
     timed = run.processes.gathered((own.row, own.forward))
     row, forward = max(each[0] for each in timed), max(each[1] for each in timed)
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -130,7 +174,7 @@ def _choose_size(run: Run, stage: Stage, transformer: nn.Module, precision: Stag
         raise PlanError.at("stages", str(error)) from None
     size = choose(costs, row, held_out, plan.evaluate.time, "dry steps" if len(dry) == len(plan.stages) else "forward passes")
     if run.accelerator.is_main_process:
-        size.save(run.folder)
+        run.room.must("how many rows are measured", lambda: size.save(run.folder))
     run.processes.wait()
     run.size = size
 
@@ -139,7 +183,7 @@ def say_time_taken(run: Run) -> None:
     """Say what part of the time of training evaluations have really taken, in all launches."""
     if not run.accelerator.is_main_process or not any(len(selection.held_out) for selection in run.selections.values()):
         return
-    seconds, training = time_taken(run.log.path)
+    seconds, training = time_taken(run.folder)
     if seconds and training:
         limit = None if run.measures_all else run.plan.evaluate.time
         run.log.write({"event": "evaluation", "kind": "took", "seconds": round(seconds, 3), "training_seconds": round(training, 3), "share": seconds / training, "limit": limit})

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from mixing.bad_rows import UnreadableRow
@@ -86,10 +87,10 @@ def verify_cache(plan: Plan, console: Console) -> bool:
         found["text"] = verify(cache.texts, _texts(plan, family, selections), fraction=1.0, tolerance=tolerance)
     for kind, result in found.items():
         sound &= not result.different
-        verdict = "all as they were kept" if not result.different else f"[red]{len(result.different)} differ[/red]: {', '.join(result.different[:5])}"
+        verdict = "all as they were kept" if not result.different else f"[red]{len(result.different)} differ[/red]: {escape(', '.join(result.different[:5]))}"
         console.print(f"{kind}: {result.checked:,} entries encoded anew, {verdict} (largest difference {result.largest:.1g} of an entry's largest value); {result.missing:,} not kept yet", highlight=False, soft_wrap=True)
     if not sound:
-        console.print(f"delete {folder} to encode everything anew", highlight=False, soft_wrap=True)
+        console.print(f"delete {escape(str(folder))} to encode everything anew", highlight=False, soft_wrap=True)
     cache.close()
     return sound
 

@@ -26,20 +26,23 @@ class Window:
     """Those whose sums are not taken yet: to take them costs as much for many as for one."""
     sums: Tensor | None = None
     """float64 on the device: of images' errors by source; then errors and numbers of images by tenth of the noise level; then of what is trained, the errors
-    weighted. None: nothing was counted."""
+    weighted; then numbers of images by source that are left out of all of these, for their errors are no numbers. None: nothing was counted."""
 
     def sum_up(self, names: Sequence[str], device: torch.device) -> Tensor:
         """The sums, with all parts taken into them; nothing is waited for. names: of the sources."""
         if self.sums is None:
-            self.sums = torch.zeros(len(names) + 21, dtype=torch.float64, device=device)
+            self.sums = torch.zeros(2 * len(names) + 21, dtype=torch.float64, device=device)
         if self.parts:
             places = {name: place for place, name in enumerate(names)}
             of_source = sent(torch.tensor([places[source] for part in self.parts for source in part.sources]), device)
             t, errors, losses = (torch.cat([getattr(part, name) for part in self.parts]) for name in ("t", "errors", "losses"))
             of_tenth = (t * 10).long().clamp(max=9) + len(names)
-            errors = errors.double()
-            self.sums.index_add_(0, torch.cat([of_source, of_tenth, of_tenth + 10]), torch.cat([errors, errors, torch.ones_like(errors)]))
-            self.sums[-1] += losses.double().sum()
+            is_number = errors.isfinite() & losses.isfinite()
+            errors, losses = (torch.where(is_number, values, 0).double() for values in (errors, losses))
+            counted = is_number.double()
+            places_of = torch.cat([of_source, of_tenth, of_tenth + 10, of_source + len(names) + 21])
+            self.sums.index_add_(0, places_of, torch.cat([errors, errors, counted, 1 - counted]))
+            self.sums[len(names) + 20] += losses.sum()
             self.parts = []
         return self.sums
 

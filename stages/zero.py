@@ -103,7 +103,7 @@ class Zero:
             model.forward = torch.autocast(self._device.type, dtype=precision.dtype)(model.forward)
         engine = self._deepspeed.initialize(model=model, optimizer=make(trainable), config=self._config(max(sizes), sum(sizes)), dist_init_required=False)[0]
         self._engines[model] = engine
-        return ZeroTraining(engine, trainable, kept if self._parts_weights else {}, self._pace)
+        return ZeroTraining(engine, trainable, kept if self._parts_weights else {}, self._pace, parts_weights=self._parts_weights)
 
     def release(self, model: nn.Module) -> None:
         """Let go of it; else DeepSpeed's hooks would hold it as long as the process lives."""
@@ -217,12 +217,13 @@ class Helping:
 class ZeroTraining:
     """Training by an engine of DeepSpeed, one step at a time for all weights together."""
 
-    def __init__(self, engine: Any, trainable: Mapping[str, nn.Parameter], kept: Mapping[str, nn.Parameter], pace: Pace) -> None:
-        """engine: DeepSpeed's. kept: what is parted and belongs into a checkpoint."""
+    def __init__(self, engine: Any, trainable: Mapping[str, nn.Parameter], kept: Mapping[str, nn.Parameter], pace: Pace, *, parts_weights: bool) -> None:
+        """engine: DeepSpeed's. kept: what is parted and belongs into a checkpoint. parts_weights: whether it is ZeRO-3."""
         self.wrapped: nn.Module = engine
         self.trainable = dict(trainable)
         self.optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
-        self._engine, self._kept, self._pace = engine, list(kept.values()), pace
+        self._engine, self._kept, self._pace, self._parts_weights = engine, list(kept.values()), pace, parts_weights
+        self._norms: list[Tensor] = []
         self._seen: set[str] = set()
         self._handles = [parameter.register_hook(self._see(name)) for name, parameter in trainable.items()]  # type: ignore[no-untyped-call]
         engine.set_gradient_accumulation_boundary(True)
@@ -256,12 +257,40 @@ class ZeroTraining:
             handle.remove()
         return [name for name in self.trainable if name not in self._seen]
 
-    def step(self, clip: float | None) -> tuple[Tensor, bool]:
-        """Clip, step, and forget the gradients; as `Training.step`. Every step is made."""
-        self._engine.optimizer.clip_grad = clip or 0.0
-        self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return torch.where(norm < 0, torch.nan, norm), True  # -1 stands for a norm that is no number
+    def clip(self, most: float | None) -> Tensor:
+        """As `Training.clip`; the clipping itself is done within the step."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self._engine.optimizer
+        zero.clip_grad = most or 0.0
+        # The step asks for the norm once more, by the same function, and is then told what is found here.
+        self._norms = zero._get_norm_groups() if self._parts_weights else [zero.scaled_global_norm()]
+        norm = combine_grad_norm_groups(self._norms) if self._parts_weights else self._norms[0]
+        return torch.where(norm < 0, torch.nan, norm)  # -1 stands for a norm that is no number
+
+    def step(self) -> bool:
+        """As `Training.step`. Every step is made."""
+        self._step(self._norms)
+        return True
+
+    def skip(self) -> bool:
+        """As `Training.skip`: DeepSpeed is told that the norm is no number, with which it makes no step and forgets the gradients."""
+        self._step([torch.full_like(norm, -1.0) for norm in self._norms])
+        return False
+
+    def _step(self, norms: Sequence[Tensor]) -> None:
+        zero = self._engine.optimizer
+        name = "_get_norm_groups" if self._parts_weights else "scaled_global_norm"
+        setattr(zero, name, lambda: list(norms) if self._parts_weights else norms[0])
+        try:
+            self._engine.step()
+        finally:
+            delattr(zero, name)  # the class has its own
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """As `Training.held`: parts of many weights each."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return {"weights": [flat.detach() for flat in self._flats()], "moments": moments}
 
     def gathered(self, *, changing: bool = False) -> AbstractContextManager[None]:
         """Inside, what belongs into a checkpoint is whole on every process."""

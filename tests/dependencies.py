@@ -65,10 +65,10 @@ packages bring along is chosen by pip. Licences are those of the packages' own m
 None of them is given anything to execute: models are made by classes of diffusers and transformers and nothing else, weights are read from safetensors alone,
 `trust_remote_code` is nowhere, and telemetry is off ([tests/test_security.py](../tests/test_security.py)).
 
-Known holes are looked up by `pip-audit`, which asks a database on the network:
+Known holes are looked up by `pip-audit`, in an environment of its own and over every file of requirements; it asks a database on the network, and of what that
+does not know it is said that nothing is known:
 
-    .venv/bin/python -m pip install pip-audit
-    .venv/bin/pip-audit --requirement requirements.txt
+    .venv/bin/python tests/audit.py
 """
 
 

@@ -58,9 +58,9 @@ def break_at(place: str, note: Path) -> None:
     elif place == "evaluation":
         leg.evaluate = fails(lambda: RuntimeError(SAYS), 1, leg.evaluate)  # type: ignore[assignment]
     elif place == "saving":
-        save_leg.write_checkpoint = fails(lambda: OSError(errno.ENOSPC, SAYS))  # type: ignore[assignment]
+        save_leg.write_checkpoint = fails(lambda: OSError(errno.EIO, SAYS))  # type: ignore[assignment]
     elif place == "publishing":
-        finish.publish_adapter = fails(lambda: RuntimeError(SAYS))  # type: ignore[assignment]
+        finish.make_adapter = fails(lambda: RuntimeError(SAYS))  # type: ignore[assignment]
     else:
         raise ValueError(f"no place '{place}' (places: {', '.join(PLACES)})")
 

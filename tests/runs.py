@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 import train
 from models import tiny_flux
+from stages.log_files import log_lines
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 FSDP2 = MappingProxyType({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"})
@@ -250,7 +251,7 @@ def carry_out(folder: Path, plan: Mapping[str, Any], *options: str, processes: i
 
 def traced(folder: Path) -> list[dict[str, Any]]:
     """The lines of trace.jsonl."""
-    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in log_lines(folder, "trace")]
 
 
 def adapter_bytes(folder: Path) -> bytes:
@@ -260,7 +261,7 @@ def adapter_bytes(folder: Path) -> bytes:
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of one kind."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in log_lines(folder, "metrics")]
     return [line for line in lines if line["event"] == kind]
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import stages.checkpoint
-from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, read_checkpoint, step_folder, write_checkpoint, write_whole
+from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, read_checkpoint, restore_replaced, step_folder, write_checkpoint, write_whole
 
 STATE = {"stage": "only", "finished": False}
 
@@ -125,7 +125,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "manifest is nothing": (lambda folder: edit(folder / "manifest.json", lambda manifest: None), "cannot be read"),
     "files are a list": (lambda folder: edit(folder / "manifest.json", put("files", ["state.json"])), "cannot be read"),
     "a file without a hash": (lambda folder: edit(folder / "manifest.json", add("state.json", "x")), "cannot be read"),
-    "another format": (lambda folder: edit(folder / "manifest.json", put("format", 1)), "written in format 1, this version reads 2"),
+    "a format that is no number": (lambda folder: edit(folder / "manifest.json", put("format", "3")), "'3', which is no number"),
     "path to elsewhere": (lambda folder: edit(folder / "manifest.json", add("../secret", ENTRY)), "'../secret', which is no file of its own"),
     "absolute path": (lambda folder: edit(folder / "manifest.json", add("/etc/passwd", ENTRY)), "'/etc/passwd', which is no file of its own"),
     "parent": (lambda folder: edit(folder / "manifest.json", add("..", ENTRY)), r"\.\."),
@@ -249,6 +249,33 @@ def test_everything_is_on_the_disk_before_it_comes_into_view(tmp_path: Path, mon
     assert events[-2:] == ["rename to step-000002", "sync 1-only"]
     assert set(events[:-2]) == {"sync adapter.safetensors", "sync optimizer.safetensors", "sync state.json", "sync manifest.json", "sync .step-000002.partial"}
     assert events[-4:-2] == ["sync manifest.json", "sync .step-000002.partial"]
+
+
+def test_a_checkpoint_that_a_killed_process_was_replacing_is_brought_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved when it was told to stop after its last step, a stage saves that step again once it is measured; with `keep: 1` there is no other."""
+    write(tmp_path, 4)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == ".step-000004.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path, 4, tensors(9), {**STATE, "finished": True})
+    assert found(tmp_path) == (None, [])
+    restore_replaced(tmp_path)
+    checkpoint, said = found(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state["finished"], said) == (4, False, [])
+    write_checkpoint(tmp_path, 4, tensors(9), {**STATE, "finished": True})
+    (tmp_path / ".step-000004.old").mkdir()
+    restore_replaced(tmp_path)
+    checkpoint, _ = found(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.state["finished"]
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from run_folders import Told, losses, run_folder
 
 from runs import carry_out, make_world, plan_of
 from stages.compare import Comparison, compare, main
+from stages.evaluations import MOST_BETWEEN, rows_file, thin_out
 from stages.problems import PlanError
 
 
@@ -128,6 +129,33 @@ def test_of_a_run_under_way_the_last_common_point_is_compared(tmp_path: Path) ->
     assert [side.evaluation.step for side in (pair.a, pair.b)] == [40, 40]
     with pytest.raises(PlanError, match=r"begun has measured nothing in a stage 'refine' \(it has in: expose\)"):
         compare(whole, begun, "refine")
+
+
+def test_of_a_long_stage_rows_of_at_most_a_hundred_evaluations_and_the_newest_stay_and_all_of_its_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations"
+    folder.mkdir()
+    others = ["1-long-start.json", "1-long-step-002000.json", "2-long-step-000021.json", "size.json"]
+    for name in others:
+        (folder / name).touch()
+    kept: dict[int, set[int]] = {}
+    for step in range(10, 2000, 10):
+        rows_file(tmp_path, 0, "long", step).touch()
+        thin_out(tmp_path, 0, "long", step, 10)
+        kept[step] = {int(file.stem[-6:]) for file in folder.glob("1-long-step-*") if file.name not in others}
+        assert step in kept[step]
+        assert len(kept[step]) <= MOST_BETWEEN + 1
+    assert kept[1000] == set(range(10, 1001, 10))
+    assert kept[1010] == {*range(20, 1001, 20), 1010}
+    assert kept[1990] == {*range(20, 1981, 20), 1990}
+    assert {file.name for file in folder.iterdir()} >= set(others)
+    assert kept[1010] - kept[1990] == {1010}, "a longer run has what a shorter one has, but for its newest"
+
+
+def test_where_rows_of_the_last_common_point_are_gone_the_last_that_both_have_kept_is_compared(tmp_path: Path) -> None:
+    steps = {step: {"photos": losses(0.5 - step / 1000)} for step in (20, 40, 60)}
+    a, b = (run_folder(tmp_path / name, [Told("learn", steps, ended=False)]) for name in ("a", "b"))
+    rows_file(b, 0, "learn", 60).unlink()
+    assert [side.evaluation.step for side in (compare(a, b).pairs[0].a, compare(a, b).pairs[0].b)] == [40, 40]
 
 
 def test_rows_of_a_stage_that_was_begun_anew_are_not_taken_for_the_old_ones(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_time_taken_is_read_from_the_record(tmp_path: Path) -> None:
         {"event": "save"},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert time_taken(tmp_path / "metrics.jsonl") == (2.5, 1 * 2 + 4 * 0.5 + 3 * 2)
+    assert time_taken(tmp_path) == (2.5, 1 * 2 + 4 * 0.5 + 3 * 2)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------------------------

@@ -165,3 +165,16 @@ def test_a_case_follows_from_its_number() -> None:
     found = [mended(SOUND, lambda content: []) for _ in range(2)]
     assert found[0] is not None
     assert found[0] == found[1]
+
+
+def test_merge_before_which_no_adapter_of_the_experts_stands_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in an IndexError: an adapter whose expert no stage trains stands on neither."""
+    monkeypatch.chdir(tmp_path)
+    stage = "steps: 20, resolution: 16, batch: 4, lr: 1e-4"
+    Path("plan.yaml").write_text(
+        "model: some/model\nadapters: {a: {}, b: {}}\nsources:\n  photos: {path: hub/a/b}\nstages:\n"
+        f"  - {{name: one, expert: low, {stage}, train: ['.*']}}\n  - {{name: two, {stage}, train: ['.*'], handoff: {{adapter: merge}}}}\n"
+    )
+    with pytest.raises(PlanError) as found:
+        raise PlanError(check_plan(read_plan(Path("plan.yaml")), tmp_path))
+    assert "'merge', and none of the plan's `adapters` is one of" in str(found.value)

@@ -42,7 +42,7 @@ from stages.placed import Placed, placed_adapters, scale_of
 from stages.plan import Adapter, Handoff, Plan, Source, Stage
 from stages.precision import StagePrecision
 from stages.problems import PlanError
-from stages.publish import PublishError, Trained, as_one, publish_adapter
+from stages.publish import PublishError, Trained, as_one, make_adapter
 from stages.resolved import resolved_plan
 from stages.start import read_start
 
@@ -311,7 +311,7 @@ def test_a_dora_is_published_over_any_base_and_with_other_magnitudes_is_not(
 
     def publish() -> float:
         assert baton.adapter is not None
-        return publish_adapter(tmp_path / "adapter", family, plan, [Trained(len(plan.stages) - 1, None, baton.adapter, None, storage, precision, saw)], batches, {}, "card", Path("none"))
+        return make_adapter(tmp_path / "adapter", family, plan, [Trained(len(plan.stages) - 1, None, baton.adapter, None, storage, precision, saw)], batches, {}, "card", Path("none"))
 
     assert publish() <= (1e-5 if storage == "fp32" else 0.1)
 

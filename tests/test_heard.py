@@ -38,6 +38,15 @@ def test_a_text_is_heard_once_whatever_its_numbers(heard: Heard, remarks: list[R
     assert remarks[1].library == "datasets"
 
 
+def test_of_a_library_that_names_another_file_each_time_a_thousand_texts_are_heard_and_errors_still(heard: Heard, remarks: list[Remark]) -> None:
+    logger = logging.getLogger("datasets")
+    for number in range(1200):
+        logger.warning("odd: %s", "".join(chr(97 + int(digit)) for digit in str(number)))
+    logger.error("broken")
+    assert [remark.text for remark in remarks[-2:]] == ["odd: jjj", "broken"]
+    assert len(heard._seen) == 1000
+
+
 def test_what_is_heard_before_anyone_is_told_waits() -> None:
     told: list[Remark] = []
     with closing(Heard()) as heard:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
@@ -13,6 +14,7 @@ from huggingface_hub.utils import close_session
 
 from hub_server import TOKEN, HubServer, hub_server
 from stages.hub import send as hub_send
+from stages.hub.fetch import FetchError, fetch_run
 from stages.hub.files import MARKER, is_resumable
 from stages.hub.outbox import Job, Outbox, Parcel
 from stages.hub.send import send_all
@@ -150,6 +152,48 @@ def test_what_was_sent_last_is_not_put_into_the_outbox_again(hub: HubServer, sen
     assert sending.outbox.jobs() == []
     sending.put(mark="b", a__json="{}")
     assert len(sending.outbox.jobs()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"kind": "trained"}', '{"kind": "a later version\'s", "repo": "user/adapter", "private": true, "branch": "main", "message": "", "words": "", "mark": "a"}', "[" * 100_000])
+def test_what_cannot_be_read_in_the_outbox_is_taken_away_and_is_put_there_anew(sending: Sending, content: str) -> None:
+    """By a later version of Medley, or damaged: neither a traceback nor something that is never sent."""
+    sending.put(a__json="1")
+    [job] = sending.outbox.jobs()
+    (job.folder / "job.json").write_text(content)
+    assert sending.outbox.jobs() == []
+    (sending.outbox.folder / "sent.json").write_text(content)
+    assert sending.outbox.sent() == []
+    sending.outbox.open()
+    assert not job.folder.exists()
+    assert sending.outbox.run
+    sending.put(a__json="1")
+    assert [again.files.keys() for again in sending.outbox.jobs()] == [{"a.json"}]
+
+
+def test_fields_that_a_later_version_adds_to_the_outbox_are_passed_over(hub: HubServer, sending: Sending) -> None:
+    sending.put(a__json="1")
+    [job] = sending.outbox.jobs()
+    note, sent = job.folder / "job.json", sending.outbox.folder / "sent.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "new": 1}))
+    sent.write_text(json.dumps({**json.loads(sent.read_text()), "new": 1}))
+    run = sending.outbox.run
+    sending.outbox.open()
+    sending.send()
+    assert sending.kinds == ["say", "sent"], sending.text
+    assert sending.outbox.run == run
+
+
+@pytest.mark.parametrize("marker", [b"", b"[]", b'{"run": "a"}', b'{"run": "a", "checkpoint": "c", "files": {"x": {}}}'])
+def test_a_branch_whose_marker_cannot_be_read_is_left_alone(hub: HubServer, sending: Sending, tmp_path: Path, marker: bytes) -> None:
+    repo = hub.made(REPO, private=True)
+    repo.commit("checkpoints", {MARKER: marker, "one.json": b"1"}, "by a later version")
+    sending.checkpoint(1, one__json="2")
+    sending.send()
+    assert sending.kinds[-1] == "refused"
+    assert f"{MARKER} on the branch 'checkpoints' of {REPO} cannot be read; delete the branch, or update Medley" in sending.text
+    assert on_hub(hub, "checkpoints")["one.json"] == b"1"
+    with pytest.raises(FetchError, match="cannot be read"):
+        fetch_run(REPO, tmp_path / "fetched")
 
 
 def test_a_job_is_what_it_was_when_it_was_put_there(sending: Sending) -> None:
@@ -290,6 +334,22 @@ def test_a_branch_that_medley_did_not_make_is_left_alone(hub: HubServer, sending
     sending.send()
     assert "a branch 'checkpoints' that Medley did not make; delete it, or publish to another repository" in sending.text
     assert on_hub(hub, "checkpoints") == {"mine.txt": b"of the user"}
+
+
+def test_a_branch_that_was_just_made_when_the_sender_was_killed_is_its_own(hub: HubServer, sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
+    sending.checkpoint(1, one__json="1")
+
+    def killed(api: HfApi, *arguments: object, made: Any = HfApi.create_branch, **named: object) -> None:
+        made(api, *arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_branch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sending.send()
+    sending.send()
+    assert sending.kinds[-1] == "note", sending.text
+    assert on_hub(hub, "checkpoints")["one.json"] == b"1"
 
 
 def test_the_checkpoints_of_another_run_are_left_alone(hub: HubServer, sending: Sending, tmp_path: Path) -> None:

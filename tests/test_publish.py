@@ -29,7 +29,7 @@ from stages.header import sort_header
 from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.plan import Adapter, Plan, Source, Stage
 from stages.precision import DTYPES, StagePrecision
-from stages.publish import PublishError, Trained, publish_adapter
+from stages.publish import PublishError, Trained, make_adapter, show_adapter
 from stages.start import read_start
 
 CPU = torch.device("cpu")
@@ -79,7 +79,9 @@ def publish(
 ) -> float:
     mode = "fp32" if storage == "fp32" else "bf16"
     saw = outputs(family, model, batches, mode)
-    return publish_adapter(folder, family, plan_with(settings, family), [Trained(0, None, adapter_weights(model), None, storage, StagePrecision(mode, CPU), saw)], batches, NOTES, card, sheet)
+    worst = make_adapter(folder, family, plan_with(settings, family), [Trained(0, None, adapter_weights(model), None, storage, StagePrecision(mode, CPU), saw)], batches, NOTES, card, sheet)
+    show_adapter(folder)
+    return worst
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -182,7 +184,7 @@ def test_publishing_writes_adapter_card_and_previews_and_says_how_close_the_pipe
     model = trained(family, SETTINGS[1], storage=storage)
     found = publish(tmp_path / "adapter", family, model, SETTINGS[1], batches, storage=storage, card="# card ☂", sheet=tmp_path / "sheet.png")
     assert 0 <= found <= (1e-5 if storage == "fp32" else 0.1)
-    assert set(contents(tmp_path / "adapter")) == {ADAPTER_FILE, "README.md", "previews.png"}
+    assert set(contents(tmp_path / "adapter")) == {ADAPTER_FILE, ".medley.json", "README.md", "previews.png"}
     assert (tmp_path / "adapter" / "README.md").read_text() == f"# card ☂\n## ComfyUI\n\nComfyUI reads `{ADAPTER_FILE}`.\n"
     assert (tmp_path / "adapter" / "previews.png").read_bytes() == b"a picture"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "sheet.png"]

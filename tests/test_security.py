@@ -108,6 +108,10 @@ def test_code_and_pickles_in_a_models_folder_are_not_touched(world: security.Wor
     assert security.models(world, whole=False).lost == ()
 
 
+def test_pickles_and_code_in_tables_saved_datasets_and_a_data_index_are_not_executed(world: security.World) -> None:
+    assert security.sources(world).lost == ()
+
+
 def test_the_hostile_files_are_hostile(tmp_path: Path) -> None:
     """Read as they want to be read, the pickle acts and every liar is found out; else the tests above would prove nothing."""
     canary = tmp_path / "canary"

@@ -272,9 +272,9 @@ def test_prior_images_are_made_over_the_storage_of_the_first_stage_that_draws_th
         source = {"prior": {"prompts": ["a red disc"], "count": 1, "steps": 1}}
         plan = Plan.model_validate({"name": base, "model": family.repo, "sources": {"prior": source}, "stages": [stage]})
         folder = prior_folder(plan, "prior", "a model", tmp_path, tmp_path)
-        alone: Any = SimpleNamespace(is_main_process=True, num_processes=1, process_index=0, wait_for_everyone=lambda: None)
-        engine: Any = SimpleNamespace(place=lambda model: model, release=lambda model: None, loads_on=family.device, shared_out=lambda model: nullcontext())
-        make_prior(plan, "prior", folder, family, alone, engine, tmp_path, lambda text: None)
+        alone: Any = SimpleNamespace(is_main=True, number=1, rank=0, wait=lambda: None, gathered=lambda value: [value])
+        engine: Any = SimpleNamespace(place=lambda model: model, release=lambda model: None, loads_on=family.device)
+        make_prior(plan, "prior", folder, family, alone, engine, lambda model: nullcontext(), tmp_path, lambda text: None)
         made[base] = folder, (folder / "000000.png").read_bytes()
     assert made["bf16"] == made["fp32"], "in full they are made in what the device is good at"
     assert made["nf4"][0] != made["bf16"][0]

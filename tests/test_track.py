@@ -272,7 +272,7 @@ def test_curves_of_a_killed_run_are_those_of_an_uninterrupted_one(home: Path, wo
     said = carry_out(tmp_path / "killed", plan)
     assert "warning" not in said
     stages = Stages({"one": 6, "two": 6})
-    expected = list(points(tmp_path / "whole" / "metrics.jsonl", stages))
+    expected = list(points(tmp_path / "whole", stages))
     losses = [(found.step, round(found.numbers["loss"], 4)) for found in expected if "loss" in found.numbers]
     assert [step for step, _ in losses] == list(range(1, 13))
     for folder in (tmp_path / "whole", tmp_path / "killed"):

@@ -331,8 +331,10 @@ def test_branch_starts_from_another_runs_stage_and_from_a_published_adapter(fini
         run(tmp_path / place, {**whole, "start": str(other)})
         started, ended = (load_file(last_step(folder, name) / "adapter.safetensors") for folder, name in ((tmp_path / place, "1-refine"), (finished, "3-refine")))
         assert all(torch.equal(started[name], ended[name]) for name in ended)
-    # the published file holds the moving average, with alpha / rank in B
-    run(tmp_path / "published", {**whole, "start": str(finished / "adapter"), "adapter": {"rank": 2, "alpha": 1}})
+    # the published file holds the moving average, with alpha / rank in B, and belongs to the model that the run trained
+    published = {**whole, "start": str(finished / "adapter"), "adapter": {"rank": 2, "alpha": 1}}
+    assert "belongs to the weights that its run had trained before it" in run(tmp_path / "untrained", published, expect=2)
+    run(tmp_path / "published", {**published, "model": str(finished / "model")})
     started = load_file(last_step(tmp_path / "published", "1-refine") / "adapter.safetensors")
     published = load_file(finished / "adapter" / "pytorch_lora_weights.safetensors")
     name = next(name for name in started if ".lora_B." in name)
@@ -531,4 +533,5 @@ def test_loss_that_is_no_number_stops_the_run_with_the_last_checkpoint_whole(wor
     plan = {**plan_of(world), "model": str(tmp_path / "model")}
     plan["stages"] = plan["stages"][1:]
     printed = run(tmp_path / "nan", plan, expect=1)
-    assert "the loss is nan" in printed
+    assert "step 6: all 8 losses are no numbers, those of " in printed
+    assert "all 6 steps of the stage were skipped; the checkpoint of 'expose', step 4, stands" in printed

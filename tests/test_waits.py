@@ -1,4 +1,7 @@
-"""The host never waits for the device inside a step: on torch's meta device, where tensors have no values, a step is made all the same."""
+"""The host never waits for the device inside a step: on torch's meta device, where tensors have no values, a step is made all the same.
+
+Only when all is computed, before the optimizer, it waits once (tests/test_guard.py).
+"""
 
 from __future__ import annotations
 

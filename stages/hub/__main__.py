@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.hub.words import WAITS
+from stages.printable import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(fetch_run(given.repo, given.out))
             return 0
         except FetchError as error:
-            print(f"failed: {error}", file=sys.stderr)
+            print(printable(f"failed: {error}"), file=sys.stderr)
             return 1
     if given.private and given.public:
         parser.error("--private and --public contradict each other; give one")

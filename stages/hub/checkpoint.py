@@ -38,18 +38,18 @@ def send_checkpoint(api: HfApi, outbox: Outbox, job: Job) -> str:
 
 def _made_branch(api: HfApi, outbox: Outbox, job: Job) -> bool:
     """Make the branch, or see that this run made it before."""
-    note = outbox.folder / f"branch-{job.parcel.branch}.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == job.parcel.repo:
-        return True
-    if any(branch.name == job.parcel.branch for branch in api.list_repo_refs(job.parcel.repo).branches):
-        return False
-    api.create_branch(job.parcel.repo, branch=job.parcel.branch)
-    note.write_text(json.dumps(job.parcel.repo), encoding="utf-8")
+    note, name = outbox.folder / f"branch-{job.parcel.branch}.json", job.parcel.branch
+    if any(branch.name == name for branch in api.list_repo_refs(job.parcel.repo).branches):
+        return note.is_file() and note.read_text(encoding="utf-8") == json.dumps(job.parcel.repo)
+    partial = note.with_name(f".{note.name}.partial")
+    partial.write_text(json.dumps(job.parcel.repo), encoding="utf-8")
+    partial.replace(note)  # first: of a branch that was made by a process that was ended before it could say so nobody would know whose it is
+    api.create_branch(job.parcel.repo, branch=name)
     return True
 
 
 def read_marker(api: HfApi, repo: str, branch: str) -> dict[str, Any] | None:
-    """What the branch of checkpoints says of itself; None if there is no such branch, or if it is not Medley's. Raises one of FAILURES."""
+    """What the branch of checkpoints says of itself; None if there is no such branch, or if it is not Medley's. Raises one of FAILURES, Refused where what it says cannot be read."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             file = api.hf_hub_download(repo, MARKER, revision=branch, cache_dir=scratch)
@@ -57,5 +57,11 @@ def read_marker(api: HfApi, repo: str, branch: str) -> dict[str, Any] | None:
             if status_of(error) != 404:
                 raise  # huggingface_hub calls it so too where the Hub cannot be reached
             return None
-        found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+            is_known = isinstance(found["run"], str) and isinstance(found["checkpoint"], str) and all(isinstance(entry["bytes"], int) and "sha256" in entry for entry in found["files"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_known = False
+    if not is_known:
+        raise Refused(f"{MARKER} on the branch '{branch}' of {repo} cannot be read; delete the branch, or update Medley if a later version made it")
     return found

@@ -10,12 +10,15 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import safe_open
 
+from stages.log_files import LogName, closed_files, file_of, is_log_file, place_of
+
 CHECKPOINTS = "checkpoints"
 """The branch that checkpoints go to."""
 MARKER = "medley.json"
 """The file on that branch that says which run they are of, and which files Medley has put there; no other file is ever deleted."""
 
-_TOP = ("plan.yaml", "environment.json", "ledger.json", "metrics.jsonl", "trace.jsonl", "start.json")
+_TOP = ("plan.yaml", "environment.json", "ledger.json", "start.json")
+_LOGS: tuple[LogName, ...] = ("metrics", "trace")
 _SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml", ".png", ".jpg")
 _ADAPTERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors", "adapter_model.safetensors")
 _MOST_SOURCES = 6
@@ -91,8 +94,13 @@ def resumable(run_folder: Path) -> Resumable | None:
     for folder in (run_folder / "evaluations", run_folder / "previews"):
         files.update({name: path for path in sorted(folder.rglob("*")) if path.is_file() and is_resumable(name := path.relative_to(run_folder).as_posix())})
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    grow = {"metrics.jsonl": int(state["metrics_bytes"]), "trace.jsonl": int(state["trace_bytes"])}
-    return Resumable(files, {name: size for name, size in grow.items() if name in files}, str(state["stage"]), int(state["step"]))
+    grow = {}
+    for log in _LOGS:
+        place = place_of(log, state)
+        files.update({path.name: path for part, path in closed_files(run_folder, log).items() if part < place.part})
+        if (last_part := file_of(run_folder, log, place.part)).is_file():
+            files[last_part.name], grow[last_part.name] = last_part, place.bytes
+    return Resumable(files, grow, str(state["stage"]), int(state["step"]))
 
 
 def is_resumable(name: str) -> bool:
@@ -100,7 +108,7 @@ def is_resumable(name: str) -> bool:
     path = PurePosixPath(name)
     if path.is_absolute() or "\\" in name or any(part.startswith(".") for part in path.parts) or path.suffix not in _SUFFIXES:
         return False
-    return name in _TOP or (len(path.parts) > 1 and path.parts[0] in ("stages", "evaluations", "previews"))
+    return name in _TOP or is_log_file(name) or (len(path.parts) > 1 and path.parts[0] in ("stages", "evaluations", "previews"))
 
 
 def known_hashes(files: dict[str, Path]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 hub/outbox/NUMBER-KIND/   job.json, and in files/ what is to be sent, as it was when it was put there
 hub/sent.json             what has been sent last
+Neither carries a version: what cannot be read, or is of a kind that this version does not know, is taken away, and what is still to be sent is put there anew.
 Imports neither torch nor huggingface_hub.
 """
 
@@ -12,9 +13,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from stages.log_files import is_closed_file
 
 Kind = Literal["trained", "checkpoint"]
 
@@ -85,13 +88,16 @@ class Outbox:
         """Make the folder, and give the run its name among the runs that a repository may have seen."""
         self._jobs.mkdir(parents=True, exist_ok=True)
         self.tidy()
-        if not self._sent.exists():
+        if "run" not in self._read():
             self.rename(secrets.token_hex(8))  # an identity decides nothing of what is learnt
 
     def tidy(self) -> None:
-        """Take away what a process that was ended left half made or half taken out."""
+        """Take away what a process that was ended left half made or half taken out, and what cannot be read."""
         for leftover in self._jobs.glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for folder in self._jobs.glob("[0-9]*-*"):
+            if _parcel(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def rename(self, run: str) -> None:
         """Go on under the name of the run that was fetched from the Hub."""
@@ -106,7 +112,7 @@ class Outbox:
     def put(self, parcel: Parcel, files: Mapping[str, Path], *, first_bytes: Mapping[str, int] | None = None) -> Job | None:
         """Put a parcel into the outbox; None if it lies there already, or was the last of its kind that was sent. A checkpoint takes the place of one that waits.
 
-        files: the name in the repository of each. Weights are linked, since they are never written to in their place; everything else is copied.
+        files: the name in the repository of each. Weights and closed parts of logs are linked, since they are never written to in their place; everything else is copied.
         first_bytes: of files that grow, how much of them is sent. Raises OSError, leaving nothing, where the disk is full.
         """
         last = next((entry for entry in reversed(self.sent()) if entry["kind"] == parcel.kind and entry["repo"] == parcel.repo), None)
@@ -134,10 +140,8 @@ class Outbox:
         """What is to be sent, oldest first."""
         found = []
         for folder in sorted(self._jobs.glob("[0-9]*-*")) if self._jobs.is_dir() else []:
-            try:
-                found.append(Job(folder, Parcel(**json.loads((folder / _JOB).read_text(encoding="utf-8")))))
-            except FileNotFoundError:
-                continue  # it has just been sent
+            if (parcel := _parcel(folder)) is not None:  # it may just have been sent
+                found.append(Job(folder, parcel))
         return found
 
     def remove(self, job: Job) -> None:
@@ -159,8 +163,13 @@ class Outbox:
         return list(self._read().get("sent", []))
 
     def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._sent.read_text(encoding="utf-8")) if self._sent.exists() else {}
-        return found
+        """What sent.json says; nothing where it is not there or cannot be read: then all is sent again, under another name."""
+        try:
+            found = json.loads(self._sent.read_text(encoding="utf-8"))
+            is_known = all({"number", "kind", "repo", "mark", "files"} <= entry.keys() for entry in found["sent"]) and isinstance(found["run"], str)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
+        return dict(found) if is_known else {}
 
     def _write(self, content: Mapping[str, Any]) -> None:
         partial = self._sent.with_name(f".{self._sent.name}.partial")
@@ -168,9 +177,19 @@ class Outbox:
         partial.replace(self._sent)
 
 
+def _parcel(folder: Path) -> Parcel | None:
+    """What lies in a job's folder; None where that is not there, or cannot be read."""
+    try:
+        said = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+        parcel = Parcel(**{field.name: said[field.name] for field in fields(Parcel)})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return parcel if parcel.kind in get_args(Kind) else None
+
+
 def _keep(source: Path, place: Path, first_bytes: int | None) -> None:
     """Keep a file as it is now."""
-    if source.suffix == ".safetensors":
+    if source.suffix == ".safetensors" or (first_bytes is None and is_closed_file(source.name)):
         try:
             os.link(source, place)
             return

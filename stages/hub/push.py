@@ -10,6 +10,7 @@ from stages.hub.files import CHECKPOINTS, losses_words, resumable, trained_files
 from stages.hub.outbox import Outbox, Parcel
 from stages.hub.send import alone, send_all
 from stages.hub.words import HERE, PREFIX, WAITS, is_repo
+from stages.printable import printable
 
 _TRIES = 4  # somebody waits at the console
 
@@ -31,7 +32,7 @@ def push_run(folder: Path, repo: str, *, private: bool, checkpoints: bool) -> in
 
     def tell(kind: str, text: str) -> None:
         nonlocal late
-        print(text, flush=True)
+        print(printable(text), flush=True)
         late += kind == "late"
         if late == _TRIES:
             raise _Enough
@@ -74,5 +75,5 @@ def _last_stage(folder: Path) -> str:
 
 
 def _failed(message: str) -> int:
-    print(f"failed: {message}", file=sys.stderr)
+    print(printable(f"failed: {message}"), file=sys.stderr)
     return 1

@@ -43,13 +43,13 @@ def fetch_if_new(repo: str, folder: Path, say: Callable[[str], object]) -> None:
         return
     for wait in (*FETCH_WAITS, None):
         try:
-            say(fetch_run(repo, folder))
+            say(escape(fetch_run(repo, folder)))
             return
         except NothingThere:
             return
         except FetchError as error:
             if wait is None:
-                say(f"[yellow]warning:[/yellow] {error}; the run begins anew")
+                say(f"[yellow]warning:[/yellow] {escape(str(error))}; the run begins anew")
                 return
             time.sleep(wait)
 
@@ -82,12 +82,14 @@ class Hub:
 
     def put_trained(self, stage: str) -> None:
         """Have what is published in the run folder now sent. stage: the last one that it has gone through."""
+        self._write()
         words = f"{trained_words(self._folder)} of '{stage}'"
         parcel = Parcel("trained", self.publish.repo, self.publish.private, "main", losses_words(self._folder, stage), words, trained_mark(self._folder))
         self._put(parcel, trained_files(self._folder), {})
 
     def put_checkpoint(self) -> None:
         """Have the newest checkpoint sent, if the plan asks for it."""
+        self._write()  # before it is seen which files there are: a line more may close a part of metrics.jsonl
         if not self.publish.checkpoints or (found := resumable(self._folder)) is None:
             return
         words = f"the checkpoint of '{found.stage}', step {found.step}"
@@ -95,11 +97,10 @@ class Hub:
         self._put(parcel, found.files, found.first_bytes)
 
     def _put(self, parcel: Parcel, files: Mapping[str, Path], first_bytes: Mapping[str, int]) -> None:
-        self._write()
         try:
             job = self._outbox.put(parcel, files, first_bytes=first_bytes)
         except OSError as error:  # a full disk, say
-            self._log.warn(f"{parcel.words} could not be put into {self._outbox.folder} to be sent: {escape(str(error))}", "", 0)
+            self._log.warn(f"{parcel.words} could not be put into {self._outbox.folder} to be sent: {error}", "", 0)
             return
         if job is not None:
             self._poke()

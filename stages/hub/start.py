@@ -42,7 +42,17 @@ def began_from(start: str | None, folder: Path) -> str | None:
     note = folder / NOTE
     if start is None or not start.startswith(PREFIX) or not note.exists():
         return start
-    return f"{start.partition('@')[0]}@{json.loads(note.read_text(encoding='utf-8'))['commit']}"
+    commit = _noted(note).get("commit")
+    return start if commit is None else f"{start.partition('@')[0]}@{commit}"
+
+
+def _noted(note: Path) -> dict[str, str]:
+    """What is written down of the commit; nothing where there is no such file, or it is damaged."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def fetched(start: str, folder: Path, *, writes: bool) -> Path:
@@ -51,7 +61,7 @@ def fetched(start: str, folder: Path, *, writes: bool) -> Path:
     if wanted is None:
         raise ValueError(f"start: '{start}' is not written hub:user/name or hub:user/name@revision")
     note = folder / NOTE
-    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    known = _noted(note)
     revision = known["commit"] if known.get("start") == start else wanted.revision
     names = (ADAPTER_FILE, SECOND_FILE, WEIGHTS_FILE, CONFIG_FILE)
     try:

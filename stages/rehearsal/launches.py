@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.log_files import log_lines
 from stages.plan import Plan
 
 _TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -108,12 +109,8 @@ def killable(plan: Plan, folder: Path) -> Killed | None:
 
 def logged(folder: Path, event: str | None = None) -> list[dict[str, object]]:
     """The whole lines of metrics.jsonl, of one event or of all; none if there is no file yet."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
-        return []
     lines = []
-    for line in text.splitlines():
+    for line in log_lines(folder, "metrics"):
         try:
             value = json.loads(line)
         except ValueError:

@@ -15,11 +15,12 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stages.log_files import log_bytes, log_lines
 from stages.report.tally import Tally, levels, read_pages, selections, tallies
 from stages.report.values import Event, finite, mapping, number, numbers, text, whole
 
 LONG_FILE = 8 * 2**20
-"""Bytes of metrics.jsonl that are read line by line. Of a longer file only every second, third ... line of a step is read."""
+"""Bytes of metrics.jsonl, of all its parts, that are read line by line. Of more only every second, third ... line of a step is read."""
 LONG_PLAN = 200_000
 """Characters of a plan up to which it is read; a longer one is only shown."""
 _STEP_LINE = re.compile(rb'\{"event": ?"step"')
@@ -175,7 +176,7 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """Everything that the report needs of a run folder; each file may be missing. Raises OSError only where the disk fails."""
-    events, stride = _read_events(folder / "metrics.jsonl")
+    events, stride = _read_events(folder)
     of_kind: dict[str, list[Event]] = {}
     for event in events:
         of_kind.setdefault(text(event.get("event")), []).append(event)
@@ -220,32 +221,29 @@ def _parse_plan(plan_text: str) -> dict[str, object]:
         return {}
 
 
-def _lines(path: Path, stride: int) -> Iterator[bytes]:
+def _lines(folder: Path, stride: int) -> Iterator[bytes]:
     """Lines of metrics.jsonl: of those of steps every stride-th, and always the last one before another event."""
     seen, held = 0, b""
-    with path.open("rb") as file:
-        for line in file:
-            if stride > 1 and _STEP_LINE.match(line):
-                seen += 1
-                if seen % stride:
-                    held = line
-                    continue
-                held = b""
-            elif held:
-                yield held
-                held = b""
-            yield line
+    for line in log_lines(folder, "metrics"):
+        if stride > 1 and _STEP_LINE.match(line):
+            seen += 1
+            if seen % stride:
+                held = line
+                continue
+            held = b""
+        elif held:
+            yield held
+            held = b""
+        yield line
     if held:
         yield held
 
 
-def _read_events(path: Path) -> tuple[list[Event], int]:
+def _read_events(folder: Path) -> tuple[list[Event], int]:
     """The events in the order of writing, and how many lines of steps stand for one that was read. A torn line is passed over."""
-    if not path.is_file():
-        return [], 1
-    stride = 1 + path.stat().st_size // LONG_FILE
+    stride = 1 + log_bytes(folder, "metrics") // LONG_FILE
     events: list[Event] = []
-    for line in _lines(path, stride):
+    for line in _lines(folder, stride):
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stages.report.accounts import launches, ledger, selections, warnings
 from stages.report.advice import next_shares
 from stages.report.curves import rates, throughput, training
 from stages.report.glance import glance
+from stages.report.guard import guard
 from stages.report.handoffs import handoffs
 from stages.report.held_out import by_timestep, held_out
 from stages.report.memory import memory
@@ -32,7 +34,7 @@ def write_report(folder: Path) -> Path:
     record = read_record(folder)
     sections = [(name, anchor, write(record)) for name, anchor, write in _SECTIONS]
     present = [(name, anchor, body) for name, anchor, body in sections if body]
-    absent = [name for name, anchor, body in sections if not body and anchor not in ("warnings", "selection", "accuracy", "quality", "advice")]
+    absent = [name for name, anchor, body in sections if not body and anchor not in ("warnings", "selection", "accuracy", "quality", "advice", "guard")]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for name, anchor, _ in present)
     footer = f"Written by Medley from {escape(record.folder.resolve().name)}/, with what the run had written by then."
     footer += f" Not in this report, because the run has not written it: {', '.join(absent).lower()}." if absent else ""
@@ -40,8 +42,13 @@ def write_report(folder: Path) -> Path:
     html = page(f"{record.name} · Medley", body + f"<footer><p>{footer}</p></footer>")
     path = folder / "report.html"
     part = path.with_suffix(".html.part")
-    part.write_bytes(html.encode("utf-8", errors="replace"))
-    os.replace(part, path)
+    try:
+        part.write_bytes(html.encode("utf-8", errors="replace"))
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)  # a full disk is not to be kept full by it
+        raise
     return path
 
 
@@ -55,6 +62,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("Next shares", "advice", next_shares),
     ("Timesteps", "timesteps", by_timestep),
     ("Training loss", "training", training),
+    ("Skipped steps and spikes", "guard", guard),
     ("Learning rate", "rate", rates),
     ("Throughput", "throughput", throughput),
     ("Memory", "memory", memory),

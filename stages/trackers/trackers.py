@@ -37,7 +37,7 @@ class Trackers:
     def open(self, asked: Sequence[Tracker], folder: Path, name: str, settings: Mapping[str, Any], plan_text: str, kept: Callable[[], Iterable[Point]]) -> None:
         """Open them for a run. name: of the plan. settings, plan_text: the resolved plan. kept: gives the points that metrics.jsonl holds by now."""
         file = folder / _NOTES
-        notes: dict[str, Mapping[str, str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        notes = self._notes(file)
         for tracker in asked:
             with self._outlived(tracker.name):
                 curves = CURVES[tracker.name](Opening(folder, tracker.project or name, settings, plan_text, tracker.online, notes.get(tracker.name, {})))
@@ -45,6 +45,17 @@ class Trackers:
                 notes[tracker.name] = curves.notes
                 write_whole(file, json.dumps(notes, indent=1))
                 _bring(curves, kept())
+
+    def _notes(self, file: Path) -> dict[str, Mapping[str, str]]:
+        """What each tracker has noted in the run folder; without its note one begins a new curve."""
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self._warn(f"{file} cannot be read ({error}); what it says of trackers' runs is made anew")
+            return {}
+        return {name: notes for name, notes in found.items() if isinstance(notes, dict)} if isinstance(found, dict) else {}
 
     def add(self, point: Point) -> None:
         """Give all of them a point."""

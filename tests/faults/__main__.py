@@ -1,20 +1,57 @@
-"""Every fault that there is a script for, and one table of them all.
+"""Every fault that there is a script for, one script after the other, and one table of them all.
 
-    cd tests && ../.venv/bin/python -m faults [--whole]
+    cd tests && ../.venv/bin/python -m faults            # a short form of each, in minutes
+    cd tests && ../.venv/bin/python -m faults --whole    # all of it, in hours; or some of it: --whole kills storage
+    cd tests && ../.venv/bin/python -m faults --write    # runs nothing: the last results of each script as the table of docs/reliability.md
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
+import time
 
-from faults import data, kills, plans, security
-from faults.table import Fault, main
+from faults.document import write
+from faults.table import FOLDER, Done, as_text
+
+SCRIPTS = {
+    "kills": "runs that are killed, told to stop, or robbed of a process",
+    "storage": "disks that are full, read-only or lie, damaged checkpoints, two launches at once",
+    "numbers": "numbers that are none, and losses that leap",
+    "data": "broken and odd images, records, tables and folders",
+    "plans": "plans nobody would write",
+    "security": "files that mean harm, and secrets",
+    "soak": "long runs",
+}
+"""The scripts of this folder, and what they do faults in."""
 
 
-def carry_out(whole: bool) -> list[Fault]:
-    """The faults in data, in plans, in what strangers hand over, and of machines that are taken away."""
-    return [*data.carry_out(whole), *plans.carry_out(whole), *security.carry_out_all(whole), *kills.carry_out(whole)]
+def main() -> int:
+    """Run them, each in a process of its own. Returns 1 if anything was lost or a script failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"one of {', '.join(SCRIPTS)}; left out, all of them")
+    parser.add_argument("--whole", action="store_true", help="the whole matrix; left out, a short one in minutes")
+    parser.add_argument("--write", action="store_true", help="write the last results into docs/reliability.md")
+    given = parser.parse_args()
+    if unknown := [name for name in given.scripts if name not in SCRIPTS]:
+        parser.error(f"no script '{unknown[0]}' (scripts: {', '.join(SCRIPTS)})")
+    if given.write:
+        return write(SCRIPTS)
+    failed, asked = [], given.scripts or list(SCRIPTS)
+    for name in asked:
+        print(f"{name}: {SCRIPTS[name]}", flush=True)
+        began, file = time.monotonic(), FOLDER / f"{name}.json"
+        file.unlink(missing_ok=True)
+        code = subprocess.run([sys.executable, "-m", f"faults.{name}", *(["--whole"] if given.whole else [])], stdout=subprocess.DEVNULL, check=False).returncode
+        print(f"  {'all survived' if code == 0 else f'ended with {code}'}, {time.monotonic() - began:.0f} s", flush=True)
+        failed += [name] if code != 0 or not file.is_file() else []
+    done = [Done.read(file) for name in asked if (file := FOLDER / f"{name}.json").is_file()]
+    print(as_text([fault for each in done for fault in each.faults]))
+    if failed:
+        print(f"not all survived: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main("all", __doc__, carry_out))
+    sys.exit(main())

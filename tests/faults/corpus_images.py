@@ -95,6 +95,18 @@ def _overlapping_tags(number: int, size: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4) + bytes(size)
 
 
+def _jpeg2000(width: int, height: int, *, box: bool = True) -> bytes:
+    """A JPEG2000 of 9 x 6 pixels whose codestream says that it has others, and so do its tiles. box: whether the header before it says so too. The codestream begins at byte 85."""
+    whole = bytearray(stored(colours(), "JPEG2000"))
+    assert whole[85:89] == b"\xff\x4f\xff\x51"
+    for place in (93, 109):  # SIZ: of the image, of a tile
+        whole[place : place + 8] = struct.pack(">II", width, height)
+    if box:
+        place = whole.index(b"ihdr") + 4
+        whole[place : place + 8] = struct.pack(">II", height, width)
+    return bytes(whole)
+
+
 def _bombs() -> Iterator[Case]:
     most = "at most 89,478,485 pixels are read; scale it down"
     yield _case("bomb: PNG of 30,000 x 30,000 pixels in a few bytes", _png(30_000, 30_000), "bomb.png", bad=f"900,000,000 pixels; {most}")
@@ -119,6 +131,9 @@ def _bombs() -> Iterator[Case]:
     last = progressive[progressive.rfind(b"\xff\xda") : -2]
     yield _case("bomb: JPEG of 10,000 scans", progressive[:-2] + last * 10_000 + b"\xff\xd9", "bomb.jpg", broken="a JPEG of 10,010 scans; at most 100 are read; save it anew")
     yield _case("bomb: gzip named .png", gzip.compress(bytes(50_000_000), 1), "bomb.png", bad=_NOT)
+    yield _case("bomb: JPEG2000 of 6,000 x 6,000 pixels in a few bytes", _jpeg2000(6_000, 6_000), "bomb.jp2", bad="6000 x 6000 pixels; at most 33,554,432 of a JPEG2000 are read; scale it down, or save it as PNG or JPEG")
+    yield _case("bomb: JPEG2000 whose pixels are more than its header says", _jpeg2000(30_000, 30_000, box=False), "bomb.jp2", broken="broken JPEG2000 file")
+    yield _case("bomb: JPEG2000 without a box, of 50,000 x 50,000 pixels", _jpeg2000(50_000, 50_000)[85:], "bomb.j2k", bad=f"2,500,000,000 pixels; {most}")
     for mode, colour, format, options in (
         ("RGBA", (10, 200, 30, 128), "PNG", {"compress_level": 1}),
         ("I;16", 40_000, "PNG", {"compress_level": 1}),

@@ -65,8 +65,8 @@ def _lines() -> Iterator[Case]:
     yield _case("jsonl: nested 10,000 deep", '{"image": "odd.png", "text": "odd", "x": ' + "[" * 10_000 + "]" * 10_000 + "}", bad="the line is not JSON")
     yield _case("jsonl: nested 1,000,000 deep", "[" * 1_000_000, bad="the line is not JSON")
     yield _case("jsonl: a number of 100,000 digits", '{"image": "odd.png", "text": "odd", "x": ' + "9" * 100_000 + "}", bad="the line is not JSON")
-    yield _case("jsonl: a line of 100 MB", b'{"image": "odd.png", "text": "' + b"word " * 20_000_000 + b'"}\n', bad="the line is longer than 16,777,216 bytes")
-    yield _case("jsonl: a line of 100 MB that is cut", b'{"image": "' + bytes(100_000_000) + b"\n", bad="the line is longer than 16,777,216 bytes")
+    yield _case("jsonl: a line of 100 MB", b'{"image": "odd.png", "text": "' + b"word " * 20_000_000 + b'"}\n', bad="the line is longer than 8,388,608 bytes")
+    yield _case("jsonl: a line of 100 MB that is cut", b'{"image": "' + bytes(100_000_000) + b"\n", bad="the line is longer than 8,388,608 bytes")
     yield _case("jsonl: a byte order mark and Windows line ends", b'{"image": "odd.png", "text": "odd"}\r\n', prompt="odd")
     yield Case("jsonl: in UTF-16", partial(_utf16, "rows.jsonl"), "rows/rows.jsonl", refused="holds no rows; rows.jsonl:1: the line is not UTF-8", checked="holds no rows")
     yield Case("jsonl: no byte at all", lambda folder: put(folder / "rows.jsonl", b""), "rows.jsonl", refused="holds no rows", checked="holds no rows")
@@ -167,7 +167,7 @@ def _csv() -> Iterator[Case]:
     yield _csv_case("a line in Latin-1", "odd.png,läuft".encode("latin-1"), bad="the line is not UTF-8")
     yield _csv_case("a NUL byte", b"odd.png,a\0b", bad="zero character")
     yield _csv_case("an empty prompt", "odd.png,", bad="no prompt in 'text'")
-    yield _csv_case("a line of 100 MB", b"odd.png," + b"word " * 20_000_000, bad="the line is not CSV: it is longer than 16,777,216 characters")
+    yield _csv_case("a line of 100 MB", b"odd.png," + b"word " * 20_000_000, bad="the line is not CSV: it is longer than 8,388,608 characters")
     yield _csv_case("no column for the prompt", "odd.png,x", header="image,words", refused="no column for the prompt", checked="no column is called prompt")
     yield _csv_case("a column named twice", "odd.png,x", header="image,image", refused="names 'image' twice", checked="names 'image' twice")
     yield _csv_case("semicolons", "odd.png;x", header="image;text", refused="separate columns by commas, not by ';'", checked="separate columns by commas")
@@ -187,6 +187,22 @@ def _json() -> Iterator[Case]:
         ("no byte at all", b"", "rows.json is not JSON"),
     ):
         yield Case(f"json: {called}", lambda folder, content=content: put(folder / "rows.json", content), "rows.json", refused=words, checked=words)  # type: ignore[misc]
+    longest = "rows.json holds a value of more than 8,388,608 characters (from line 1 on)"
+    long = partial(_write_long, '{"image": "filler000.png", "text": "' + "word " * 24_000_000 + '"}')
+    yield Case("json: 100 rows and one of 120 MB", long, "rows.json", refused=longest, checked=longest)
+    hollow = partial(_write_long, '{"image": "filler000.png", "text": [' + "[]," * 200_000 + "[]]}")
+    yield Case("json: a prompt of 200,000 empty lists", hollow, "rows.json", bad={"rows.json:101": "holds a list with a list, not text"}, fillers=FILLERS)
+    unused = ", ".join(['{"image": "filler000.png", "text": "x", "unused": "' + "word " * 1_200_000 + '"}'] * 20)
+    yield Case("json: 120 rows of 120 MB in all", partial(_write_long, unused), "rows.json", fillers=FILLERS + 20)
+    yield Case("json: rows, and behind the list what belongs to none", lambda folder: put(folder / "rows.json", f"[{good}]\n x"), "rows.json", refused="rows.json is not JSON: Extra data: line 2 column 2", checked="Extra data")
+    broken = f"[{good},\n{good} {good}]"
+    yield Case("json: a comma is missing", lambda folder: put(folder / "rows.json", broken), "rows.json", refused="rows.json is not JSON: Expecting ',' delimiter: line 2 column", checked="Expecting ',' delimiter")
+
+
+def _write_long(rows: str, folder: Path) -> None:
+    """A .json of many rows that goes on for 120 MB behind them."""
+    fill(folder, 1)
+    put(folder / "rows.json", f"[{', '.join([json.dumps(_GOOD)] * FILLERS)}, {rows}]")
 
 
 def _special_files() -> Iterator[Case]:

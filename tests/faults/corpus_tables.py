@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pyarrow import parquet
 
 from faults.corpus_case import FILLERS, GOOD, Case, Row, colours, put, stored
 
 _ODD = stored(colours(seed=1))
+_SIDE = 2_900  # of a large image: 25 MB as a BMP
 _SHOWN = Row(("odd",), colours(seed=1))
 Change = Callable[[bytes], bytes]
 
@@ -29,7 +31,13 @@ def table_cases() -> Iterator[Case]:
     yield Case("arrow: text that is not UTF-8", partial(_write_table, "arrow", {"text": _not_text(FILLERS + 1)}), "rows.arrow", bad={"rows.arrow:0": "'text' is not UTF-8; save it as UTF-8"}, fillers=FILLERS)
     yield Case("arrow: offsets that lead out of the file", partial(_write_table, "arrow", {"text": _lost(FILLERS + 1)}), "rows.arrow", refused="is not a readable .arrow file")
     yield Case("arrow: random-access, cut", partial(_write_file, "arrow", lambda content: content[: len(content) // 2], True), "rows.arrow", refused="is not a readable .arrow file", checked="is not readable")
-    yield Case("saved dataset: its file is not there", _saved, "rows", refused="cannot be loaded", checked="is not readable")
+    yield Case("arrow: a length that asks for 16 terabytes", _asks, "rows.arrow", refused="rows.arrow is not a readable .arrow file: it asks for more memory than there is", checked="is not readable")
+    for kind in ("parquet", "arrow"):
+        yield Case(f"{kind}: six images of 24 MB", partial(_large, kind), f"rows.{kind}", rows={f"rows.{kind}:{each}": Row(("x",), (_SIDE, _SIDE)) for each in range(6)}, fillers=FILLERS)
+    yield Case("parquet: folders with two links to the folder above", _looped, "rows/**/*.parquet", rows={"below/rows.parquet:0": _SHOWN}, fillers=FILLERS)
+    yield Case("saved dataset: its file is not there", partial(_saved, "gone.arrow"), "rows", refused="cannot be loaded", checked="is not readable")
+    for called, name in (("by ..", "../rows.arrow"), ("by .. further on", "x/../../rows.arrow"), ("by its whole path", "/etc/passwd")):
+        yield Case(f"saved dataset: its file lies outside, {called}", partial(_saved, name), "rows", refused=f"names '{name}', which lies outside of it", checked=f"state.json names '{name}', which lies outside of it")
 
 
 def _not_text(rows: int) -> pa.Array:
@@ -129,6 +137,35 @@ def _files(kind: str) -> Iterator[Case]:
         yield Case("parquet: it is zlib", lambda folder: put(folder / "rows.parquet", zlib.compress(bytes(10_000_000))), "rows.parquet", refused=words, checked="is not readable")
 
 
-def _saved(folder: Path) -> None:
-    put(folder / "rows" / "state.json", '{"_data_files": [{"filename": "gone.arrow"}], "_fingerprint": "x", "_format_columns": null, "_format_kwargs": {}, "_format_type": null, "_output_all_columns": false, "_split": null}')
+def _asks(folder: Path) -> None:
+    """A compressed table of which one buffer says that it is 16 terabytes once unpacked."""
+    table, place = _table({}), folder / "rows.arrow"
+    with pa.OSFile(str(place), "wb") as file, pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    content = bytearray(place.read_bytes())
+    at = content.rindex((len(_ODD) + FILLERS * len(GOOD)).to_bytes(8, "little"))
+    content[at : at + 8] = (2**44).to_bytes(8, "little")
+    place.write_bytes(content)
+
+
+def _large(kind: str, folder: Path) -> None:
+    images = [stored(Image.new("RGB", (_SIDE, _SIDE)), "BMP")] * 6 + [GOOD] * FILLERS
+    table, place = pa.table({"image": images, "text": ["x"] * len(images)}), folder / f"rows.{kind}"
+    if kind == "parquet":
+        parquet.write_table(table, place, row_group_size=1)
+        return
+    with pa.OSFile(str(place), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _looped(folder: Path) -> None:
+    (folder / "rows" / "below").mkdir(parents=True)
+    _write_table("parquet", {}, folder / "rows" / "below")
+    for name in ("first", "second"):
+        (folder / "rows" / "below" / name).symlink_to(folder / "rows")
+
+
+def _saved(name: str, folder: Path) -> None:
+    _write_table("arrow", {}, folder)
+    put(folder / "rows" / "state.json", '{"_data_files": [{"filename": "' + name + '"}], "_fingerprint": "x", "_format_columns": null, "_format_kwargs": {}, "_format_type": null, "_output_all_columns": false, "_split": null}')
     put(folder / "rows" / "dataset_info.json", "{}")

@@ -48,7 +48,7 @@ MEGABYTES = 300
 """That a kind may take, above what the interpreter and the libraries take."""
 SECONDS = 5.0
 """Of the processor, that a kind may take."""
-_HUNG = 60.0  # seconds of the clock, after which a kind is given up
+_HUNG = 180.0  # seconds of the clock, after which a kind is given up: many, for other work may have the processors
 _MOST = 4 * 2**30  # bytes of address space, a guard for the machine: what is judged is memory that is touched
 _NOBODY = 65_534
 _AT_ONCE = 24  # kinds that are done in the same process

@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet
 
-class _Touches:
+
+class Touches:
     """Unpickled, it makes a folder."""
 
     def __init__(self, canary: Path) -> None:
@@ -25,7 +29,7 @@ class _Touches:
 
 def pickled(canary: Path) -> bytes:
     """A pickle that makes the folder `canary` where it is read."""
-    return pickle.dumps(_Touches(canary))
+    return pickle.dumps(Touches(canary))
 
 
 def torch_file(canary: Path) -> bytes:
@@ -99,6 +103,36 @@ def hostile_model(model: Path, folder: Path, canary: Path, *, weights: bool) -> 
             for path in part.glob("*.safetensors*"):
                 path.unlink()
     return folder
+
+
+def hostile_tables(folder: Path, canary: Path) -> Mapping[str, str]:
+    """Tables and saved datasets with pickles and code where one of the libraries beneath has ever looked for some: what a plan names, by what is hostile in it."""
+    image, rows = io.BytesIO(), 3
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    columns = {"image": pa.array([image.getvalue()] * rows), "text": pa.array(["x"] * rows)}
+    extension = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickled(canary)}  # pyarrow up to 13 unpickled it
+    typed = pa.schema([pa.field("image", pa.binary()), pa.field("text", pa.string(), metadata=extension)])
+    facts = {"info": {"features": {"text": {"_type": "Evil", "module": "evil"}, "image": {"dtype": "binary", "_type": "Value"}}, "builder_name": "evil", "download_checksums": {}}}
+    described = pa.schema([("image", pa.binary()), ("text", pa.string())], metadata={"huggingface": json.dumps(facts), "pandas": pickled(canary), "numpy": pickled(canary)})
+    found: dict[str, str] = {}
+    for what, schema in (("an extension that is a pickle", typed), ("features and metadata of others", described)):
+        table = pa.table(columns, schema=schema)
+        place = folder / ("typed" if schema is typed else "described")
+        (place / "saved").mkdir(parents=True)
+        parquet.write_table(table, place / "rows.parquet")
+        for arrow in (place / "rows.arrow", place / "saved" / "data.arrow"):
+            with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                writer.write_table(table)
+        state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "evil", "_format_columns": None, "_format_kwargs": {"__reduce__": "os.system"}, "_format_type": "evil", "_output_all_columns": False, "_split": "train"}
+        (place / "saved" / "state.json").write_text(json.dumps(state))
+        (place / "saved" / "dataset_info.json").write_text(json.dumps({"builder_name": "evil", "features": {}, "task_templates": [{"task": "evil"}]}))
+        for script in ("saved.py", "evil.py", "dataset.py", "__init__.py", "conftest.py"):
+            for beside in (place, place / "saved"):
+                (beside / script).write_text(f"import os; os.makedirs({str(canary)!r}, exist_ok=True)")
+        for pickled_file in ("dataset.pickle", "indices.pkl", "cache.pt"):
+            (place / "saved" / pickled_file).write_bytes(torch_file(canary))
+        found |= {f"{what} in {name}": str(place / name) for name in ("rows.parquet", "rows.arrow", "saved")}
+    return found
 
 
 def name_code(model: Path, part: str) -> None:

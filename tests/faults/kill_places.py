@@ -24,7 +24,8 @@ _DONE_BY = {
     "previews are sampled": ("stages.run:Run.previews",),
     "a checkpoint is written": ("stages.save_leg:save_leg", "stages.finish_leg:save_leg"),
     "an adapter is published": ("stages.finish:_publish",),
-    "the report is written": ("stages.finish_leg:write_report", "stages.finish:write_report"),
+    "the report is written": ("stages.run:write_report",),
+    "something is put into the outbox": ("stages.hub.run:Hub._put",),
     "the Hub is waited for": ("stages.hub.run:Hub.drain",),
 }
 """What is done, in words, and the functions that do it, by the places where they are looked up when they are called."""

@@ -37,18 +37,22 @@ from faults.kill_places import BETWEEN, MEETING, PLACES, Watched  # noqa: E402
 from faults.table import Fault, main  # noqa: E402
 from hub_server import hub_server  # noqa: E402
 from models import tiny_flux  # noqa: E402
-from runs import make_data, plan_of, started, write_plan, write_tars  # noqa: E402
+from runs import break_pixels, make_data, plan_of, started, write_plan, write_tars  # noqa: E402
+from stages import log_files  # noqa: E402
+from stages.log_files import Place  # noqa: E402
 
 SEED = 7
+PART_BYTES = 3000  # of the logs here, so that runs are killed while one is closed and the next begun
 SOON, STOPS = 60.0, 10.0  # seconds in which the other process of two is gone, and one that is told to stop
+MOMENT = 0.5  # seconds, at most, by which one process of two outlives the other
 
-KILL, ONE_OF_TWO, TERM, INT = "kill -9", "kill -9 of one process of two", "SIGTERM", "SIGINT"
+KILL, ONE_OF_TWO, APART, TERM, INT = "kill -9", "kill -9 of one process of two", "kill -9 of one process of two, and of the other a moment later", "SIGTERM", "SIGINT"
 _SIGNALS = {TERM: signal.SIGTERM, INT: signal.SIGINT}
-_TRIES = {KILL: (8, 200), ONE_OF_TWO: (1, 12), TERM: (2, 14), INT: (1, 14)}
+_TRIES = {KILL: (8, 200), ONE_OF_TWO: (1, 12), APART: (1, 24), TERM: (2, 14), INT: (1, 14)}
 """How often each is tried in the short form and in the whole one."""
 
 _CLOCK = {"time", "seconds", "images_per_second", "tokens_per_second", "data_wait", "memory_bytes", "encoded"}  # the last is counted in each launch
-_COMPARED = {"step", "eval", "shares", "handoff", "stage", "ledger", "preview"}
+_COMPARED = {"step", "eval", "shares", "handoff", "stage", "ledger", "preview", "save", "publish", "warning"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def make_world(folder: Path) -> Path:
     """Data and models for all plans."""
     make_data(folder / "data")
     write_tars(folder / "tars", (9, 7, 8))
+    break_pixels(folder / "tars" / "s-001.tar", ["0012.png"])
     tiny_flux(folder / "model", pixels=True)
     tiny_flux(folder / "latent", pixels=False)
     return folder
@@ -151,6 +156,7 @@ class Launch:
         def before(rank: int) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
             os.chdir(folder)
+            log_files.PART_BYTES = PART_BYTES
             os.environ["TRACKIO_DIR"] = str(folder / "trackio")
             if way.to_hub:
                 ask(pytest.MonkeyPatch(), url, folder / "home")
@@ -261,6 +267,11 @@ def _disturb(launch: Launch, how: str, draw: np.random.Generator) -> str:
         gone = doing == MEETING or launch.wait(SOON)  # before they have met only a launcher knows of both, and it ends the other
         launch.kill(with_children=False)
         return "" if gone else f"the other process was there after {SOON:.0f} seconds: {launch.said()}"
+    if how == APART:
+        launch.send(signal.SIGKILL, rank=int(draw.integers(2)))
+        time.sleep(float(draw.random()) * MOMENT)
+        launch.kill(with_children=bool(draw.random() < 0.5))
+        return ""
     number = _SIGNALS[how]
     launch.send(number)
     gone = launch.wait(STOPS)
@@ -278,7 +289,8 @@ def _disturb(launch: Launch, how: str, draw: np.random.Generator) -> str:
 def _is_saved(run: Path) -> bool:
     """Whether the newest checkpoint holds every step that was made."""
     states = [json.loads(file.read_text()) for file in run.glob("stages/*/step-*/state.json")]
-    return (run / "trace.jsonl").stat().st_size == max((state["trace_bytes"] for state in states), default=0)
+    written = Place(1 + len(log_files.closed_files(run, "trace")), log_files.current_file(run, "trace").stat().st_size)
+    return written == max((log_files.place_of("trace", state) for state in states), key=lambda place: (place.part, place.bytes), default=log_files.BEGINNING)
 
 
 # --- what must be alike --------------------------------------------------------------------------------------------------------------------
@@ -287,20 +299,23 @@ def _is_saved(run: Path) -> bool:
 def differences(whole: Whole, place: Path, on_hub_now: Mapping[str, bytes]) -> str:
     """What of a run is not as in the uninterrupted one; nothing if all is."""
     mine, theirs = left_by(place), left_by(whole.folder)
+    saves = theirs["save in metrics.jsonl"]
+    mine["save in metrics.jsonl"] = [save for save in mine["save in metrics.jsonl"] if save in saves]  # one that is told to stop saves besides
     found = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     sent = {name for name in on_hub_now.keys() | whole.on_hub.keys() if name.endswith(".safetensors") and on_hub_now.get(name) != whole.on_hub.get(name)}
     return ", ".join([*found, *(f"{name} on the Hub" for name in sorted(sent))])
 
 
-def left_by(place: Path) -> dict[str, object]:
+def left_by(place: Path) -> dict[str, Any]:
     """What a run has left behind, by name, without what a clock decides."""
     run = place / "run"
-    left: dict[str, object] = {name: (run / name).read_bytes() for name in ("ledger.json", "trace.jsonl")}
+    left: dict[str, Any] = {"ledger.json": (run / "ledger.json").read_bytes()}
+    left |= {path.name: path.read_bytes() for path in log_files.log_files(run, "trace")}
     for pattern in ("adapter/**/*.safetensors", "model/**/*.safetensors", "previews/**/*.png", "stages/**/*.safetensors", "stages/*", "stages/*/*"):
         left |= {str(path.relative_to(run)): path.read_bytes() if path.is_file() else b"" for path in run.glob(pattern)}
     for state in run.glob("stages/*/*/state.json"):
-        left[str(state.relative_to(run))] = {name: value for name, value in json.loads(state.read_text()).items() if name not in ("seconds", "metrics_bytes")}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        left[str(state.relative_to(run))] = {name: value for name, value in json.loads(state.read_text()).items() if name not in ("seconds", "metrics_part", "metrics_bytes")}
+    lines = [json.loads(line) for line in log_files.log_lines(run, "metrics")]
     for kind in _COMPARED:
         left[f"{kind} in metrics.jsonl"] = [{name: value for name, value in line.items() if name not in _CLOCK} for line in lines if line["event"] == kind]
     if (run / "tensorboard").exists():
@@ -318,7 +333,7 @@ def tries(whole: bool) -> list[Try]:
     draw, made = np.random.default_rng(SEED), []
     for how, numbers in _TRIES.items():
         number = numbers[whole]
-        ways = [way for way in WAYS if how != ONE_OF_TWO or way.processes == 2]
+        ways = [way for way in WAYS if how not in (ONE_OF_TWO, APART) or way.processes == 2]
         fractions = (draw.permutation(number) + draw.random(number)) / number
         made += [Try(len(made) + each, how, ways[each % len(ways)], float(fraction)) for each, fraction in enumerate(fractions)]
     return made
@@ -337,7 +352,7 @@ def carry_out(whole: bool) -> list[Fault]:
 def _rows(how: str, outcomes: list[Outcome]) -> list[Fault]:
     if how == KILL:
         return [_row(f"{how} while {place}", here) for place in PLACES if (here := [outcome for outcome in outcomes if outcome.doing == place])]
-    return [_row({ONE_OF_TWO: f"{how}: the other is gone within a minute"}.get(how, f"{how}: saved, and gone within ten seconds"), outcomes)]
+    return [_row({APART: how, ONE_OF_TWO: f"{how}: the other is gone within a minute"}.get(how, f"{how}: saved, and gone within ten seconds"), outcomes)]
 
 
 def _row(name: str, outcomes: list[Outcome]) -> Fault:

@@ -38,6 +38,16 @@ def _merging_laughs() -> bytes:
     return ("\n".join(lines) + "\n" + BASE).encode()
 
 
+def _long(field: str) -> Callable[[], bytes]:
+    """A plan with one field that is very long: at the top, of the source, or of the stage."""
+    line = f"{field}: {'x' * 200_000}"
+    if field in ("path", "task", "prompt", "where", "columns", "split", "take"):
+        return _with("{path: data/photos}", f"{{path: data/photos, {line}}}" if field != "path" else f"{{{line}}}")
+    if field in ("precision", "base", "mix", "train", "objective", "handoff", "optimizer"):
+        return _with("lr: 1e-4", f"lr: 1e-4, {line}")
+    return lambda: f"{line}\n{BASE.replace('model: model', '') if field == 'model' else BASE}".encode()
+
+
 _STAGE = "{{name: s{0}, steps: 10, resolution: 16, batch: 4, lr: 1e-4{1}}}"
 TRICKS: tuple[tuple[str, Callable[[], bytes]], ...] = (
     ("sound", lambda: BASE.encode()),
@@ -109,6 +119,31 @@ TRICKS: tuple[tuple[str, Callable[[], bytes]], ...] = (
     ("a date and a time of day", _with("name: first", "name: 2026-11-29")),
     ("a number with sixties in it", _with("steps: 10", "steps: 1:30")),
     ("a whole number with a base", _with("steps: 10", "steps: 0x10")),
+    *((f"a {kind} of Python's", _with("model: model", f"model: !!python/{kind}:os.system [touch canary]")) for kind in ("object/new", "name", "module", "tuple")),
+    ("tags of YAML 1.1", _with("name: first", "name: !!binary Zmlyc3Q=")),
+    ("a set, an ordered mapping and pairs", lambda: BASE.encode() + b"evaluate: !!set {rows, steps}\npreviews: !!omap [rows: 1]\nadapter: !!pairs [rank: 1]\n"),
+    *((f"steps: {value}", _with("steps: 10", f"steps: {value}")) for value in (".nan", ".inf", "-.INF", "'10'", "010", "0o12", "0b11", "1_0", "+10", "10.0", "1e1", "10 ", "\uff11\uff10", "\u0661\u0660", "!!float 10", "!!str 10", "2026-11-30", "10:00", "true", "~")),
+    *((f"a rate of {value}", _with("lr: 1e-4", f"lr: {value}")) for value in (".nan", ".inf", "-.inf", "'1e-4'", "1e-400", "1e400", "0x1p-3", "1e-4f", "1,5", "{peak: .nan}", "{peak: 1e-4, floor: .inf}")),
+    ("shares that are no numbers", _with("lr: 1e-4", "lr: 1e-4, mix: {photos: .nan}")),
+    ("a merged mapping", lambda: b"x: &x {steps: 3}\n" + BASE.replace("- {name", "- {<<: *x, name").encode()),
+    ("merged fields that are told twice", _with("{name: first, ", "{<<: {name: x, steps: 3}, <<: {steps: 4}, name: first, ")),
+    ("a merge of a list, of a word, and of nothing", lambda: _stages(["{<<: [1, 2], name: a}", "{<<: word, name: b}", "{<<: , name: c}", "{<<: *gone, name: d}"])),
+    ("a merge at the top", lambda: b"<<: {seed: 1, model: other}\n" + BASE.encode()),
+    ("an alias before its anchor", lambda: b"name: *late\nx: &late y\n" + BASE.encode()),
+    ("an anchor given twice", lambda: b"name: &a x\nseed: &a 1\n" + BASE.encode()),
+    ("a key given twice in braces", _with("steps: 10", "steps: 10, steps: 11")),
+    ("a key given twice, once between quotes", _with("steps: 10", "steps: 10, 'steps': 11")),
+    ("a key given twice, once by its escapes", _with("steps: 10", 'steps: 10, "\\x73teps": 11')),
+    ("keys that are mappings, lists, numbers and nothing", lambda: BASE.encode() + b"{a: 1}: 1\n[a]: 2\n1: 3\n~: 4\n? \n: 5\n"),
+    *((f"a name with {called}", _with("name: first", f'name: "{text}"')) for called, text in (("a bell and an escape", "a\\e]0;x\\a"), ("a turned direction", "a\u202eb"), ("a width of nothing", "a\u200bb"), ("a Cyrillic letter", "f\u0456rst"), ("a mark of its own", "a\u0301"), ("a line separator", "a\u2028b"), ("markup", "[/bold][red]x"), ("half a pair", "\\udfff"))),
+    ("a field with a width of nothing in it", _with("steps: 10", "st\u200beps: 10")),
+    ("a field in wide letters", _with("steps: 10", "\uff53teps: 10")),
+    ("spaces that do not break", _with("  photos", "\u00a0\u00a0photos")),
+    ("line ends of other kinds", lambda: BASE.replace("\n", "\u2028").encode() + BASE.replace("\n", "\x85").encode()),
+    *((f"a {field} of two hundred thousand characters", _long(field)) for field in ("name", "model", "start", "seed", "cache", "track", "path", "task", "prompt", "where", "columns", "split", "take", "precision", "base", "mix", "train", "objective", "handoff", "optimizer")),
+    ("UTF-16 without a mark", lambda: BASE.encode("utf-16-le")),
+    ("UTF-7", lambda: BASE.replace("first", "+AGY-").encode()),
+    ("tabs in braces and behind colons", _with("steps: 10", "\tsteps:\t10\t")),
     ("half a character", _with("name: first", 'name: "\\ud800"')),
     ("tabs", _with("  photos", "\tphotos")),
     ("carriage returns", lambda: BASE.replace("\n", "\r\n").encode()),

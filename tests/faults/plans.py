@@ -13,7 +13,9 @@ import io
 import json
 import os
 import queue
+import re
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,7 @@ BYTES = 2**30
 """Of memory, above what the interpreter and the checks' own modules take."""
 SOUND = 1_000_000
 """Numbers from here on are of plans that are made to be sound."""
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _HUNG = 30.0  # seconds of the clock, after which a case is given up
 
 
@@ -81,8 +84,8 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def check(given: Case, number: int, plan: Path) -> Checked:
-    """Put a case through the command line's own function, in this process. plan: where its file is written."""
+def check(given: Case, number: int, plan: Path, tries: int = 3) -> Checked:
+    """Put a case through the command line's own function, in this process. plan: where its file is written. tries: how often, while it takes too long."""
     import train
 
     plan.write_bytes(given.content)
@@ -94,12 +97,16 @@ def check(given: Case, number: int, plan: Path) -> Checked:
     except BaseException:  # noqa: BLE001 - what no user may see, whatever it is
         exit_code, lost = 1, traceback.format_exc(limit=-4)
     seconds = time.process_time() - began
+    if not lost and seconds > SECONDS and tries > 1:  # beside other work a core is slower: the least of some tries counts
+        return min((Checked(number, exit_code, seconds, f"{given.name}: took {seconds:.1f} seconds"), check(given, number, plan, tries - 1)), key=lambda each: each.seconds)
     if not lost and exit_code not in (0, 2):
         lost = f"exit code {exit_code}: {said.getvalue()[-300:]}"
     elif not lost and "Traceback" in said.getvalue():
         lost = f"a traceback: {said.getvalue()[-300:]}"
     elif not lost and seconds > SECONDS:
         lost = f"took {seconds:.1f} seconds"
+    elif not lost and (active := _ACTIVE.search(said.getvalue())):
+        lost = f"printed {active[0]!r}, on which a terminal acts"
     elif not lost and exit_code == 2 and not said.getvalue().strip():
         lost = "refused without a word"
     elif not lost and exit_code == 0:
@@ -292,6 +299,34 @@ def typed(number: int, world: Path) -> Checked:
     return Checked(number, ended.returncode, time.monotonic() - began, lost)
 
 
+def misplaced(world: Path, whole: bool) -> Fault:
+    """What is no plan at all, under a name that is given for one: told in a line, and nothing waits."""
+    places = world / "places"
+    (places / "folder").mkdir(parents=True)
+    os.mkfifo(places / "pipe")
+    (places / "loop").symlink_to("loop")
+    (places / "zero").symlink_to("/dev/zero")
+    (places / "\x1b]0;x\x07[red].yaml").write_text("model: 1\n")
+    for name in (b"\xff.yaml", "\u202e.yaml".encode()):
+        (places / os.fsdecode(name)).write_text("model: 1\n")
+    names = ["folder", "pipe", "zero", "\x1b]0;x\x07[red].yaml", "/proc/self/environ"]
+    if whole:
+        names += ["loop", "socket", "gone", "gone/plan.yaml", "pipe/plan.yaml", "x" * 300, "/dev/null", "/dev/tty", "/dev/stdin", "/proc/self/mem", "/proc/self/pagemap", "/proc/self/exe", "/proc/self/fd/0", os.fsdecode(b"\xff.yaml"), "\u202e.yaml"]
+    lost = []
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(places):
+        listening.bind("socket")
+        for name in names:
+            try:
+                ended = subprocess.run([sys.executable, TESTS.parent / "train.py", name, "--check"], cwd=places, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HUNG, check=False)
+            except subprocess.TimeoutExpired:
+                lost.append(f"{name!r}: it waits")
+                continue
+            said = (ended.stdout + ended.stderr).decode("utf-8", "surrogateescape")
+            if ended.returncode != 2 or "Traceback" in said or _ACTIVE.search(said) or not said.strip() or len(said) > 2_000:
+                lost.append(f"{name[:50]!r}: exit code {ended.returncode}: {said[-300:]!r}")
+    return Fault("what is no plan, in the place of one", len(names), len(names) - len(lost), tuple(lost))
+
+
 def carry_out(whole: bool) -> list[Fault]:
     """10,000 cases, or 500; of plans made to be sound a tenth as many."""
     with tempfile.TemporaryDirectory() as folder:
@@ -299,13 +334,17 @@ def carry_out(whole: bool) -> list[Fault]:
         checked = check_all(range(10_000 if whole else 500), world)
         sound = check_all(range(SOUND, SOUND + (1_000 if whole else 50)), world)
         told = explained(range(SOUND, SOUND + (300 if whole else 20)), world)
-        by_hand = [typed(number, world) for number in range(0, 3_000 if whole else 300, 10)]
+        by_hand = [typed(number, world) for number in range(0, 3_000 if whole else 300, 10 if whole else 20)]
+        elsewhere = misplaced(world, whole)
+        executed = tuple(f"{path} was made" for path in (world / "canary", TESTS / "canary", Path("canary")) if path.exists())
     number, slowest = sum(each.exit_code == 0 for each in checked), max(checked, key=lambda each: each.seconds)
     return [
         as_fault(f"a plan made from the schema or broken ({number:,} called sound; the slowest took {slowest.seconds:.2f} s)", checked),
         as_fault("a sound plan with many fields, written out, read back and put into words", sound),
         as_fault("a sound plan explained over its data", told),
         as_fault("a broken plan, the command typed", by_hand),
+        elsewhere,
+        Fault("tags that execute, in any of them", 1, 0 if executed else 1, executed[:1]),
     ]
 
 

@@ -9,6 +9,8 @@ leaves behind or prints, or if a traceback was printed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -23,11 +25,16 @@ from typing import Any, NoReturn
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from faults.hostile import hostile_model, liars, name_code, pickled, poison, torch_file  # noqa: E402
+from faults.hostile import Touches, hostile_model, hostile_tables, liars, name_code, pickled, poison, torch_file  # noqa: E402
 from faults.table import Fault, main  # noqa: E402
+from mixing.bad_rows import SourceError  # noqa: E402
+from mixing.index import read_entry, write_entry  # noqa: E402
+from mixing.source import open_source  # noqa: E402
 from models import tiny_flux  # noqa: E402
 from runs import carry_out, copy_run, make_data, plan_of, write_plan  # noqa: E402
 from stages.checkpoint import newest_checkpoint, read_checkpoint  # noqa: E402
@@ -246,6 +253,46 @@ def models(world: World, whole: bool) -> Fault:
     return _fault("a model's folder full of code", len(tries), lost)
 
 
+def sources(world: World) -> Fault:
+    """Tables, saved datasets and remembered looks at data that hold pickles and code: read or refused, and nothing executed."""
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = world.folder / "datasets"
+    canary, folder, index = world.folder / "canary", world.folder / "tables", world.folder / "index"
+    tries = {what: lambda path=path: len(open_source("rows", path=path, root=folder, **_ASKED).keys(np.arange(3))) for what, path in hostile_tables(folder, canary).items()}  # type: ignore[misc]
+    for number, name in enumerate(("num_references", "sizes", "contents")):
+        place = index / str(number)
+        tries[f"an array of pickles as {name} of the data index"] = lambda place=place, name=name: _remembered(place, name, canary)  # type: ignore[misc]
+    lost = []
+    with contextlib.chdir(folder):
+        for what, carry_out_one in tries.items():
+            try:
+                carry_out_one()
+            except SourceError:
+                pass
+            except Exception:  # noqa: BLE001 - what no user may see, whatever it is
+                lost.append(f"{what}: {' '.join(traceback.format_exc(limit=-3).split())}")
+            if canary.exists():
+                lost.append(f"{what}: code was executed")
+            _clear(canary)
+    return _fault("tables, saved datasets and a data index with pickles and code in them", len(tries), lost)
+
+
+_ASKED: dict[str, Any] = {"task": "text_to_image", "columns": {}, "prompt": None, "split": "train", "on_bad_row": "skip"}
+
+
+def _remembered(place: Path, name: str, canary: Path) -> None:
+    """Write an entry of the data index, put an array of pickles into it as who can write there can, and read it."""
+    write_entry(place, {}, {name: np.zeros(3)})
+    array = io.BytesIO()
+    np.lib.format.write_array(array, np.array([Touches(canary)], dtype=object), allow_pickle=True)
+    (place / f"{name}.npy").write_bytes(array.getvalue())
+    written = json.loads((place / "facts.json").read_text())
+    written["files"] = {f"{name}.npy": hashlib.blake2b(array.getvalue(), digest_size=16).hexdigest()}
+    written["hash"] = hashlib.blake2b(json.dumps([written["facts"], written["files"]], sort_keys=True).encode(), digest_size=16).hexdigest()
+    (place / "facts.json").write_text(json.dumps(written))
+    assert read_entry(place) is None, "an array of pickles is taken for what was seen"
+
+
 # --- secrets and connections ------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +306,7 @@ def secrets(world: World, whole: bool) -> Fault:
     if whole:  # these are tried again and again, with waits
         tries["a model of the Hub that cannot be reached"] = ({"model": "someone/model"}, (1, 2))
         tries["a source of the Hub that cannot be reached"] = ({"sources": {"photos": {"path": "hub/someone/rows"}}}, (1, 2))
+        tries["a run with every tracker"] = ({"track": ["trackio", "tensorboard", "wandb"]}, (0,))
         tries["a run that is to be published"] = ({"publish": {"repo": "someone/adapter"}}, (0, 1))
     lost = []
     for number, (what, (changes, codes)) in enumerate(tries.items()):
@@ -289,7 +337,7 @@ def carry_out_all(whole: bool) -> list[Fault]:
     """Every kind, in a folder that goes away."""
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
-        return [checkpoints(world, whole), starts(world), manifests(world), tensors(world), models(world, whole), secrets(world, whole)]
+        return [checkpoints(world, whole), starts(world), manifests(world), tensors(world), models(world, whole), sources(world), secrets(world, whole)]
 
 
 if __name__ == "__main__":
