@@ -58,7 +58,7 @@ def break_at(place: str, note: Path) -> None:
     elif place == "evaluation":
         leg.evaluate = fails(lambda: RuntimeError(SAYS), 1, leg.evaluate)  # type: ignore[assignment]
     elif place == "saving":
-        save_leg.write_checkpoint = fails(lambda: OSError(errno.EIO, SAYS))  # type: ignore[assignment]
+        save_leg.write_checkpoint = fails(lambda: OSError(SAYS))  # type: ignore[assignment]
     elif place == "publishing":
         finish.make_adapter = fails(lambda: RuntimeError(SAYS))  # type: ignore[assignment]
     else:

@@ -636,7 +636,7 @@ def test_a_branch_with_one_adapter_takes_over_several_as_one(named: Path, world:
 @pytest.mark.launch
 def test_a_run_from_a_larger_adapter_says_what_shrinking_it_cost(run: tuple[Path, str], world: Path, tmp_path: Path) -> None:
     plan = handing_plan(world)
-    begun = {**plan, "start": str(run[0] / "adapter"), "adapter": {"rank": 1}, "stages": [{**plan["stages"][0], "steps": 1, "handoff": {"adapter": "shrink"}}]}
+    begun = {**plan, "model": str(run[0] / "model"), "start": str(run[0] / "adapter"), "adapter": {"rank": 1}, "stages": [{**plan["stages"][0], "steps": 1, "handoff": {"adapter": "shrink"}}]}
     assert "shrunk to rank 1: a layer's product changed by" in carry_out(tmp_path / "run", begun)
     (line,) = events(tmp_path / "run", "handoff")
     assert line["cause"] == "the adapter was shrunk"

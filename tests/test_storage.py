@@ -179,6 +179,8 @@ def test_no_whole_weight_is_kept_for_the_backward_pass(storage: Quantised) -> No
 
 def test_dequantising_several_rows_at_once_still_takes_the_wrong_scales_on_a_cpu() -> None:
     """Once this fails, `QuantisedLinear.whole` need not make one row of them (bitsandbytes 0.50.2)."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("the fault is in the code that bitsandbytes has for AVX-512")
     plain, layer = layer_of("nf4")
     assert not torch.allclose(dequantize_4bit(*quantize_4bit(plain.weight.detach(), quant_type="nf4")), layer.whole(torch.float32), atol=1e-3)
 

@@ -27,7 +27,7 @@ NARROWEST_PLOT, WIDE_PLOT = 240.0, 760.0
 """Pixels across a plot on a phone, and across one of full width elsewhere; a stage's name that does not fit is its number."""
 MOST_BORDERS = 60
 """Stages up to which their borders are drawn."""
-_CHARACTER = 6.4
+_CHARACTER = 7.4
 _LEAST_PERCENT = 8.0
 
 
