@@ -193,6 +193,7 @@ def launch(plan: Plan, *, out: Path | None, until: str | None, trace: bool) -> i
 def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
     """Train one stage, from its beginning or from its newest checkpoint. Returns its last checkpoint, or None if a signal stopped it."""
     from stages.aside import Stopped
+    from stages.evaluate_leg import evaluate_if_due
     from stages.finish_leg import finish_leg
     from stages.log_leg import log_leg
     from stages.objectives.parts import errors_and_losses
@@ -253,7 +254,7 @@ def train_stage(run: Run, index: int, stage: Stage) -> Checkpoint | None:
                     log_leg(leg, learning_rate)
                 leg.to_evaluate = bool(run.plan.evaluate.every) and leg.step % (run.plan.evaluate.every or 1) == 0 and leg.step < stage.steps
                 with suppress(Stopped):  # a signal breaks it off; it is made when the run goes on
-                    leg.evaluate_if_due()
+                    evaluate_if_due(leg)
                 stopping = run.stop.told  # what all processes agree on; then the step just made is saved and they leave
                 if leg.step < stage.steps and (stopping or leg.step % run.plan.save_every == 0):
                     save_leg(leg)

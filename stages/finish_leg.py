@@ -11,6 +11,7 @@ from stages.aside import Stopped
 from stages.checkpoint import Checkpoint, read_checkpoint, step_folder
 from stages.compiled import forget_compiled
 from stages.estimate import run_estimate
+from stages.evaluate_leg import evaluate_leg
 from stages.handoff import probe, probe_batches
 from stages.leg import Leg
 from stages.memory import peak_bytes
@@ -52,7 +53,7 @@ def _carry_out(leg: Leg) -> None:
     """Evaluate, sample, save and report. Raises Stopped if a signal comes before it is saved."""
     run, stage, plan = leg.run, leg.stage, leg.run.plan
     _log_memory(leg)
-    leg.evaluate("end")
+    evaluate_leg(leg, "end")
     with leg.averaged():
         sampler = run.sampler(stage, leg.precision, leg.carried) if plan.previews.rows or run.judge is not None or run.metrics else None
         if plan.previews.rows and sampler is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object, reduce
-from rich.table import Table
 from torch import Tensor, nn
 
 from mixing.ahead import Ahead
@@ -25,12 +23,8 @@ from mixing.rows import FEW, MOST_BAD
 from stages.aside import Stopped
 from stages.compiled import uncompiled
 from stages.dropout import Drawing
-from stages.encode import kept_latents
 from stages.engine import Training
-from stages.evaluate import evaluate
-from stages.evaluations import rows_file, thin_out
-from stages.feed import stage_mixture
-from stages.follower import Follower, changes_every
+from stages.follower import Follower
 from stages.guard import Guard
 from stages.measured import Measured
 from stages.memory import EncoderRest, Released, held_bytes, restart_peak
@@ -41,7 +35,6 @@ from stages.plan import LearningRate, Stage
 from stages.precision import Multiplied, StagePrecision
 from stages.problems import RunError
 from stages.reader import PlanError
-from stages.resolved import resolved_rate
 from stages.run import Run
 from stages.shown import Shown, show
 from stages.weighed import Weighed
@@ -153,38 +146,6 @@ class Leg:
             )
             with closing(reading), closing(Ahead(map(self.draw, reading), self.note_wait, self.read_at_once)) as batches:
                 yield batches, until
-
-    def follow(self, measured: Measured) -> None:
-        """Let an adaptive mix follow an evaluation; steps from here on are drawn by the shares that it leads to."""
-        if self.follower is None:
-            return
-        run, stage = self.run, self.stage
-        before = self.follower.following.shares
-        warmup = resolved_rate(stage).warmup or 0
-        decision = self.follower.after(measured, self.mixture, self.step, warming=self.step - self.skipped < warmup)
-        shares = decision.following.shares
-        record = {"event": "shares", "stage": stage.name, "step": self.step, "changed": decision.changed, "why": decision.why, "shares": dict(shares), "before": dict(before)}
-        run.log.write({**record, "signals": dict(decision.signals), "at_limit": list(decision.at_limit)})
-        if not decision.changed:
-            return
-        moved = ", ".join(f"{name} {before[name]:.1%} -> {share:.1%}" for name, share in shares.items())
-        run.log.say(f"  shares from here on: {moved} ({decision.why})")
-        self.mixture = stage_mixture(
-            stage,
-            run.selections,
-            run.sizes,
-            seed=run.plan.seed,
-            drawn_before=run.drawn_before(),
-            latents=kept_latents(run.family),
-            changes=self.follower.changes,
-            every=changes_every(run.plan, stage),
-        )
-
-    def evaluate_if_due(self) -> None:
-        """Measure held-out rows where it is due, and let shares follow. Raises Stopped if a signal breaks it off; then it still is."""
-        if self.to_evaluate:
-            self.follow(self.evaluate("during"))
-            self.to_evaluate = False
 
     def note_wait(self, seconds: float) -> None:
         """Count time that the loop waited for data."""
@@ -373,49 +334,6 @@ class Leg:
                 yield
         finally:
             self.model.train()
-
-    def evaluate(self, kind: str) -> Measured:
-        """Measure the held-out rows and log them. kind: start, during or end."""
-        began = time.monotonic()
-        run = self.run
-        run.log.now("measuring held-out rows")
-        with self.averaged() as weights:
-            measured = evaluate(
-                run.family,
-                self.model,
-                run.selections,
-                shapes=run.shapes(self.stage),
-                precision=self.precision,
-                seed=run.plan.seed,
-                accelerator=run.accelerator,
-                unreadable=self.note_bad,
-                windows=self.objective.windows,
-                t_range=run.t_range(self.stage),
-                rows=run.rows,
-                in_step=run.aside(self.model),
-            )
-        summary = measured.summary(self.base, self.start)
-        if run.accelerator.is_main_process:
-            file = rows_file(run.folder, self.index, self.stage.name, None if kind == "start" else self.step)
-            run.room.must(f"the evaluation {file.name}", lambda: measured.save(file))
-            if kind == "during" and run.plan.evaluate.every:
-                every = run.plan.evaluate.every
-                run.room.must("what older evaluations leave", lambda: thin_out(run.folder, self.index, self.stage.name, self.step, every))
-        run.processes.wait()  # for the main one may have to wait for room, longer than a collective waits for it
-        run.log.write({"event": "eval", "stage": self.stage.name, "step": self.step, "kind": kind, "weights": weights, "seconds": round(time.monotonic() - began, 3), "sources": summary})
-        if kind != "start" and summary:
-            table = Table(box=None, header_style="dim")
-            table.add_column("held-out loss")
-            for column in (f"after step {self.step}", "since the stage began", "since the base"):
-                table.add_column(column, justify="right")
-            for name, entry in summary.items():
-                changes = [f"{entry[since]:+.4f} ± {entry[f'{since}_error']:.4f}" if since in entry else "" for since in ("since_start", "since_base")]
-                table.add_row(name, f"{entry['loss']:.4f}", *changes)
-            run.log.show(table)
-        self.note_released(self.rest.aside())
-        self.evaluation_seconds = time.monotonic() - began
-        self.window.began += self.evaluation_seconds  # it is no time of training
-        return measured
 
     def encoded(self) -> dict[str, tuple[int, int]]:
         """Of images and of prompts, how many encodings were found in the cache in this launch, and how many were made, over all processes."""

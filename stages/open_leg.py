@@ -16,6 +16,7 @@ from stages.compiled import compile_blocks
 from stages.dropout import add_dropout
 from stages.encode import kept_latents
 from stages.engine import Training
+from stages.evaluate_leg import evaluate_if_due, evaluate_leg
 from stages.evaluations import rows_file
 from stages.explain import byte_words
 from stages.feed import stage_mixture
@@ -171,8 +172,8 @@ def open_leg(run: Run, index: int, stage: Stage) -> Leg:
         if run.last:
             run.log.write({"event": "memory", "stage": stage.name, "step": 0, "kind": "between", "bytes": held})
             measure_handoff(leg, kept, base.outputs, handed)
-        leg.start = leg.evaluate("start")
-    leg.evaluate_if_due()  # what a signal has broken off before
+        leg.start = evaluate_leg(leg, "start")
+    evaluate_if_due(leg)  # what a signal has broken off before
     leg.window = Window(time.monotonic())
     run.log.begin_stage(index, leg.step, run.sizes.multiple)
     return leg

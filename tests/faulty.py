@@ -26,7 +26,7 @@ def break_at(place: str, note: Path) -> None:
     """Make this process fail at a place. note: the file in which it writes when."""
     from torch import optim
 
-    from stages import finish, leg, open_run, save_leg
+    from stages import evaluate_leg, finish, open_run, save_leg
     from stages.families.family import Family
 
     def fails(error: Callable[[], BaseException | None], skip: int = 0, instead: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ def break_at(place: str, note: Path) -> None:
     elif place == "killed":
         optim.AdamW.step = fails(killed, 2, optim.AdamW.step)  # type: ignore[method-assign]
     elif place == "evaluation":
-        leg.evaluate = fails(lambda: RuntimeError(SAYS), 1, leg.evaluate)  # type: ignore[assignment]
+        evaluate_leg.evaluate = fails(lambda: RuntimeError(SAYS), 1, evaluate_leg.evaluate)  # type: ignore[assignment]
     elif place == "saving":
         save_leg.write_checkpoint = fails(lambda: OSError(SAYS))  # type: ignore[assignment]
     elif place == "publishing":

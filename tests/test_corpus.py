@@ -1,4 +1,4 @@
-"""Every kind of broken and odd data is read right or refused by name, in little memory and time; and what is not so is told."""
+"""Kinds of broken and odd data are read right or refused by name, in little memory and time, each fifth of them here and all in `make faults`; and what is not so is told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import json
 from dataclasses import asdict
 from faults.corpus import cases
 from faults.data import carried_out
-for done in carried_out(cases()):
+for done in carried_out(list(cases())[::5]):
     print(json.dumps(asdict(done)))
 """
 
@@ -37,8 +37,8 @@ def done() -> dict[str, dict[str, Any]]:
     return {kind["name"]: kind for kind in kinds}
 
 
-def test_every_kind_of_broken_or_odd_data_is_read_right_or_refused_by_name(done: dict[str, dict[str, Any]]) -> None:
-    assert len(done) >= 300
+def test_each_fifth_kind_of_broken_or_odd_data_is_read_right_or_refused_by_name(done: dict[str, dict[str, Any]]) -> None:
+    assert len(done) >= 60
     assert {name: kind["lost"] for name, kind in done.items() if kind["lost"]} == {}
 
 

@@ -20,7 +20,7 @@ _DONE_BY = {
     "the untrained model is measured": ("stages.open_leg:untrained",),
     "a stage is handed on": ("stages.open_leg:_handed_on", "stages.open_leg:build_model", "stages.open_leg:_keep", "stages.open_leg:measure_handoff"),
     "latents and embeddings are made and kept": ("stages.cache:Cache.encode_image", "stages.cache:Cache.keep_text", "stages.cache:Cache.flush"),
-    "held-out rows are measured": ("stages.leg:evaluate",),
+    "held-out rows are measured": ("stages.evaluate_leg:evaluate",),
     "previews are sampled": ("stages.run:Run.previews",),
     "a checkpoint is written": ("stages.save_leg:save_leg", "stages.finish_leg:save_leg"),
     "an adapter is published": ("stages.finish:_publish",),
