@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from html import escape
 
-from stages.report.page import count, exact, section, table
+from stages.report.page import count, section, table
 from stages.report.record import Record
 from stages.report.values import Event, finite, mapping, text, whole
 
@@ -53,7 +53,7 @@ def _row(event: Event) -> list[str]:
     what = f"no number: {', '.join(wrong)}" if wrong else f"spike: {', '.join(spikes)}"
     named = [f"{text(row.get('source'))}: {text(row.get('key'))}" for row in rows[:_MOST_ROWS]]
     more = whole(event.get("num_rows")) - len(named)
-    loss, norm = (exact(value) if (value := finite(event.get(field))) is not None else "no number" for field in ("loss", "grad_norm"))
+    loss, norm = (f"{value:.4g}" if (value := finite(event.get(field))) is not None else "no number" for field in ("loss", "grad_norm"))
     return [
         escape(text(event.get("stage"))),
         count(whole(event.get("step"))),
