@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -73,8 +74,11 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.files.values())
+        """Of all files; 0 of a job that is just being taken out, for it has been sent."""
+        try:
+            return sum(path.stat().st_size for path in self.files.values())
+        except FileNotFoundError:
+            return 0
 
 
 class Outbox:
@@ -147,7 +151,8 @@ class Outbox:
     def remove(self, job: Job) -> None:
         """Take a job out."""
         gone = job.folder.with_name(f".{job.folder.name}.gone")
-        job.folder.rename(gone)  # so that nobody sees half of it
+        with suppress(FileNotFoundError):  # one that had to wait has just been sent by the other process
+            job.folder.rename(gone)  # so that nobody sees half of it
         shutil.rmtree(gone, ignore_errors=True)
 
     def note_sent(self, job: Job, url: str) -> None:

@@ -52,6 +52,7 @@ _TRIES = {KILL: (8, 200), ONE_OF_TWO: (1, 12), APART: (1, 24), TERM: (2, 14), IN
 """How often each is tried in the short form and in the whole one."""
 
 _CLOCK = {"time", "seconds", "images_per_second", "tokens_per_second", "data_wait", "memory_bytes", "encoded"}  # the last is counted in each launch
+_OF_LOGS = {"seconds", "metrics_part", "metrics_bytes", "trace_part", "trace_bytes"}
 _COMPARED = {"step", "eval", "shares", "handoff", "stage", "ledger", "preview", "save", "publish", "warning"}
 
 
@@ -307,15 +308,15 @@ def differences(whole: Whole, place: Path, on_hub_now: Mapping[str, bytes]) -> s
 
 
 def left_by(place: Path) -> dict[str, Any]:
-    """What a run has left behind, by name, without what a clock decides."""
+    """What a run has left behind, by name, without what a clock decides, or the line to the Hub. Where a log's parts end follows from when it was written, which a stop does at once."""
     run = place / "run"
     left: dict[str, Any] = {"ledger.json": (run / "ledger.json").read_bytes()}
-    left |= {path.name: path.read_bytes() for path in log_files.log_files(run, "trace")}
+    left["the trace"] = b"".join(log_files.log_lines(run, "trace"))
     for pattern in ("adapter/**/*.safetensors", "model/**/*.safetensors", "previews/**/*.png", "stages/**/*.safetensors", "stages/*", "stages/*/*"):
         left |= {str(path.relative_to(run)): path.read_bytes() if path.is_file() else b"" for path in run.glob(pattern)}
     for state in run.glob("stages/*/*/state.json"):
-        left[str(state.relative_to(run))] = {name: value for name, value in json.loads(state.read_text()).items() if name not in ("seconds", "metrics_part", "metrics_bytes")}
-    lines = [json.loads(line) for line in log_files.log_lines(run, "metrics")]
+        left[str(state.relative_to(run))] = {name: value for name, value in json.loads(state.read_text()).items() if name not in _OF_LOGS}
+    lines = [line for line in map(json.loads, log_files.log_lines(run, "metrics")) if line["event"] != "warning" or REPO not in line["message"]]
     for kind in _COMPARED:
         left[f"{kind} in metrics.jsonl"] = [{name: value for name, value in line.items() if name not in _CLOCK} for line in lines if line["event"] == kind]
     if (run / "tensorboard").exists():
