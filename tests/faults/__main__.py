@@ -25,6 +25,7 @@ SCRIPTS = {
     "soak": "long runs",
 }
 """The scripts of this folder, and what they do faults in."""
+_MOST_SAID = 4000  # characters of what a script that broke off has printed
 
 
 def main() -> int:
@@ -43,8 +44,11 @@ def main() -> int:
         print(f"{name}: {SCRIPTS[name]}", flush=True)
         began, file = time.monotonic(), FOLDER / f"{name}.json"
         file.unlink(missing_ok=True)
-        code = subprocess.run([sys.executable, "-m", f"faults.{name}", *(["--whole"] if given.whole else [])], stdout=subprocess.DEVNULL, check=False).returncode
+        ended = subprocess.run([sys.executable, "-m", f"faults.{name}", *(["--whole"] if given.whole else [])], capture_output=True, check=False)
+        code = ended.returncode
         print(f"  {'all survived' if code == 0 else f'ended with {code}'}, {time.monotonic() - began:.0f} s", flush=True)
+        if code != 0 and not file.is_file():
+            print(ended.stderr.decode(errors="replace")[-_MOST_SAID:], flush=True)
         failed += [name] if code != 0 or not file.is_file() else []
     done = [Done.read(file) for name in asked if (file := FOLDER / f"{name}.json").is_file()]
     print(as_text([fault for each in done for fault in each.faults]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from pathlib import Path
 from faults.table import FOLDER, Done, totals
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+_PLACE = re.compile(r" \(/[^ ()]*\)")  # where on this machine it lay
 BEGIN, END = "<!-- table: written by `python -m faults --write` -->", "<!-- end of the table -->"
 
 
@@ -39,7 +41,7 @@ def as_markdown(done: Mapping[str, Done], scripts: Mapping[str, str]) -> str:
         lines += [f"| {fault.name} | {fault.tries:,} | {fault.survived:,} | {len(fault.lost):,} |" for fault in each.faults]
     tries, survived, lost = totals([fault for each in done.values() for fault in each.faults])
     lines.append(f"| **all of them** | **{tries:,}** | **{survived:,}** | **{lost:,}** |")
-    told = [f"- {fault.name}: {line}" for each in done.values() for fault in each.faults for line in fault.lost]
+    told = [f"- {fault.name}: {_PLACE.sub('', line)}" for each in done.values() for fault in each.faults for line in fault.lost]
     return "\n".join([*lines, *(["", "Lost:", "", *told] if told else []), ""])
 
 
