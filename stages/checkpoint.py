@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixing.plain_file import open_plain, read_plain
+from stages.disk import sync
 from stages.formats import FORMAT, FormatError, check_format, upgraded
 from stages.problems import RunError
 
@@ -189,15 +190,6 @@ def write_whole(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _steps(stage_folder: Path) -> list[Path]:

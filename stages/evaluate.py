@@ -33,7 +33,7 @@ from stages.objectives import flow, pyramid
 from stages.objectives.parts import errors, whole
 from stages.objectives.windows import Windows
 from stages.precision import StagePrecision
-from stages.shown import show
+from stages.shown import Shown, show
 
 STRATA = 8
 _ROWS_AT_ONCE = 16
@@ -128,7 +128,8 @@ def evaluate(
 ) -> Measured:
     """Measure held-out rows of every source, shared out among the processes; the same result on each of them, and for any number of them.
 
-    shapes, precision, seed, windows, t_range: as of `Way`. unreadable: is told of each of this process's rows that cannot be decoded; they are left out. rows: as of
+    shapes, precision, seed, windows, t_range: as of `Way`. unreadable: is told of each of this process's rows that cannot be decoded, or that the autoencoder makes nan of; they are
+    left out, lest one of them be all that is known of its source. rows: as of
     `portions`. in_step: what the processes share the rows out in, of `Engine.shared_out`.
     """
     way = Way(shapes, precision, seed, windows, t_range)
@@ -136,8 +137,13 @@ def evaluate(
     found: list[tuple[str, str, float, float]] = []
     with in_step:
         for chunk in chunks(portions(selections, rows)[rank::processes], selections, way.shapes, way.seed, unreadable, kept_latents(family)):
-            t, row_losses = measure(family, transformer, chunk, way)
-            found += zip([chunk.source] * len(t), chunk.batch.keys, t, row_losses.tolist(), strict=True)
+            batch, shown = chunk.batch, show(family, chunk.batch)
+            t, row_losses = measure(family, transformer, chunk, shown, way)
+            for row, level, loss, is_number in zip(batch.keys, t, row_losses.tolist(), shown.are_numbers().tolist(), strict=True):
+                if is_number:
+                    found.append((chunk.source, row, level, loss))
+                else:
+                    unreadable(BadRow(chunk.source, row, "its latents hold values that are no numbers"))
     gathered = sorted(gather_object(found)) if processes > 1 else sorted(found)
     asked = {name: len(selection.held_out[:rows]) for name, selection in selections.items() if len(selection.held_out)}
     losses: dict[str, dict[str, float]] = {name: {} for name in asked}
@@ -147,21 +153,20 @@ def evaluate(
     return Measured(losses, levels, asked)
 
 
-def measure(family: Family, transformer: nn.Module, chunk: Chunk, way: Way) -> tuple[list[float], torch.Tensor]:
-    """The noise level and the loss of each row of a chunk. The level is what the row asks for, before a precision rounds it, so that it is the same in every stage."""
+def measure(family: Family, transformer: nn.Module, chunk: Chunk, shown: Shown, way: Way) -> tuple[list[float], torch.Tensor]:
+    """The noise level and the loss of each row of a chunk, which is shown as `shown`. The level is what the row asks for, before a precision rounds it, so that it is the same in every stage."""
     if way.windows is not None:
         levels, within = on_way(chunk.quantiles, way.windows)
         t = [way.windows.end(level) + float(place) * way.windows.width(level) for level, place in zip(levels, within, strict=True)]
-        return t, level_losses(family, transformer, chunk.batch, chunk.quantiles, way.windows, way.precision, way.seed)
+        return t, level_losses(family, transformer, chunk.batch, shown, chunk.quantiles, way.windows, way.precision, way.seed)
     kind: Literal["logit_normal", "uniform"] = "uniform" if family.facts.objective == "epsilon" else "logit_normal"
     shift = family.shift(family.tokens(*chunk.batch.targets.size))
     at = flow.Density(kind, shift=shift, low=way.t_range[0], high=way.t_range[1]).t(chunk.quantiles)
-    return at.tolist(), chunk_losses(family, transformer, chunk.batch, at, way.precision, way.seed)
+    return at.tolist(), chunk_losses(family, transformer, chunk.batch, shown, at, way.precision, way.seed)
 
 
-def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: torch.Tensor, precision: StagePrecision, seed: int) -> torch.Tensor:
+def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, shown: Shown, t: torch.Tensor, precision: StagePrecision, seed: int) -> torch.Tensor:
     """The loss of each row of a micro-batch at the given t, with noise keyed by (seed, source, row)."""
-    shown = show(family, batch)
     x = shown.x
     part = whole(family.path, x, _noise(batch, x, seed), family.seen_timestep(t.to(x.device), precision.dtype))
     with precision.autocast():
@@ -169,9 +174,10 @@ def chunk_losses(family: Family, transformer: nn.Module, batch: MicroBatch, t: t
     return errors(predicted, part)
 
 
-def level_losses(family: Family, transformer: nn.Module, batch: MicroBatch, places: torch.Tensor, windows: Windows, precision: StagePrecision, seed: int) -> torch.Tensor:
+def level_losses(
+    family: Family, transformer: nn.Module, batch: MicroBatch, shown: Shown, places: torch.Tensor, windows: Windows, precision: StagePrecision, seed: int
+) -> torch.Tensor:
     """The same on a pyramid. places: how far each row is on the way from image to noise, float64 [B] in (0, 1); each level has an equal part of it."""
-    shown = show(family, batch)
     x = shown.x
     levels, within = on_way(places, windows)
     parts = pyramid.split(

@@ -28,6 +28,7 @@ from stages.feed import Sizes, main_shapes, sizes_at, stage_mixture
 from stages.log_files import log_events
 from stages.plan import Plan, Stage
 from stages.recomputation import recomputed_every
+from stages.shown import show
 
 _SOURCES_TIMED = 4
 
@@ -120,7 +121,7 @@ def time_rows(family: Family, transformer: nn.Module, selections: Mapping[str, S
             with _forward_passes(transformer, family.device) as passes:
                 began, tokens = now(family.device), 0
                 for chunk in chunks(portions(few, STRATA), few, way.shapes, way.seed, lambda row: None, kept_latents(family)):
-                    measure(family, transformer, chunk, way)
+                    measure(family, transformer, chunk, show(family, chunk.batch), way)
                     batch = chunk.batch
                     signature = Signature(batch.targets.size, tuple(reference.size for reference in batch.references), len(batch.regions))
                     tokens += len(batch.keys) * sizes.tokens(signature)

@@ -17,7 +17,8 @@ from mixing.batch import MicroBatch
 from stages.adapter import adapter_weights
 from stages.card import Told, model_card
 from stages.card_facts import licence_of, samples_of
-from stages.checkpoint import Checkpoint, read_checkpoint, sync
+from stages.checkpoint import Checkpoint, read_checkpoint
+from stages.disk import sync
 from stages.handoff import build_model, carried, probe, probe_batches, read_baton
 from stages.hub.start import began_from
 from stages.layouts import ADAPTER_FILE, SECOND_FILE

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from stages.disk import sync
+
 PART_BYTES = 64 * 2**20
 """A part is closed before the first line that finds it so long."""
 
@@ -100,7 +102,7 @@ class LogFile:
         except OSError:
             closed.rename(current)
             raise
-        _sync(self._folder)
+        sync(self._folder)
         os.close(self._descriptor)
         self._descriptor, self._part, self._bytes = begun, self._part + 1, 0
 
@@ -241,12 +243,3 @@ def _torn_bytes(path: Path, size: int) -> int:
 
 def _opened(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names in a folder have reached the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mixing.batch import MicroBatch
 from stages.adapter import lora_layers, of_adapter
 from stages.checked import DamagedError, checked, read_checked
-from stages.checkpoint import file_sha256, sync
+from stages.checkpoint import file_sha256
+from stages.disk import sync
 from stages.families.family import Family
 from stages.handoff import probe, same_outputs
 from stages.layouts import load_back, write_adapter, write_layouts

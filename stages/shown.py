@@ -27,6 +27,10 @@ class Shown:
     """Latents, each float32 [B, C, h', w']."""
     regions: RegionTexts | None
 
+    def are_numbers(self) -> Tensor:
+        """Which images have only finite latents, their references' too, bool [B]."""
+        return torch.stack([latents.isfinite().flatten(1).all(dim=1) for latents in (self.x, *self.references)]).all(dim=0)
+
     def predict(self, family: Family, transformer: nn.Module, noised: Tensor, t: Tensor, *, scale: float = 1.0, guidance: float | None = None) -> Tensor:
         """What the transformer makes of all images, noised to t [B]. guidance: what it is told, if not the plan's."""
         return family.predict(transformer, noised, t, self.text, self.references, regions=self.regions, scale=scale, guidance=guidance)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import stages.checkpoint
 from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, read_checkpoint, restore_replaced, step_folder, write_checkpoint, write_whole
+from stages.disk import sync
 
 STATE = {"stage": "only", "finished": False}
 
@@ -241,7 +242,7 @@ def test_a_state_that_cannot_be_written_leaves_the_last_checkpoint_in_view(tmp_p
 
 def test_everything_is_on_the_disk_before_it_comes_into_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    sync, rename = stages.checkpoint.sync, Path.rename
+    rename = Path.rename
     monkeypatch.setattr(stages.checkpoint, "sync", lambda path: (events.append(f"sync {path.name}"), sync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda path, target: (events.append(f"rename to {Path(target).name}"), rename(path, target))[1])
     stage = tmp_path / "1-only"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import stages.evaluate
 from mixing.bad_rows import BadRow
+from mixing.batch import MicroBatch
 from mixing.buckets import Shapes
 from mixing.images import fit, to_tensor
 from mixing.keys import key
@@ -33,6 +34,7 @@ from stages.measured import TENTHS, VERSION, Measured
 from stages.objectives.flow import blend, noise
 from stages.objectives.windows import Windows
 from stages.precision import StagePrecision
+from stages.shown import Shown
 
 CPU = torch.device("cpu")
 FP32 = StagePrecision("fp32", CPU)
@@ -342,3 +344,22 @@ def test_a_held_out_row_that_cannot_be_read_is_left_out_and_the_others_keep_thei
     for row, loss in without.losses["photos"].items():
         assert loss == pytest.approx(whole.losses["photos"][row], abs=4e-6)
         assert without.t["photos"][row] == whole.t["photos"][row]
+
+
+def test_a_held_out_row_whose_latents_are_no_numbers_is_left_out_and_the_others_keep_their_numbers(family: Watched, selections: dict[str, Selection], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure(family, selections)
+    broken, rest = list(whole.losses["photos"])[3], whole.losses["photos"].copy()
+    del rest[broken]
+    actual = stages.evaluate.show
+
+    def ruined(family: Family, batch: MicroBatch) -> Shown:
+        shown = actual(family, batch)
+        shown.x[[row == broken for row in batch.keys]] = math.nan
+        return shown
+
+    monkeypatch.setattr(stages.evaluate, "show", ruined)
+    bad: list[BadRow] = []
+    without = measure(family, selections, bad=bad)
+    assert bad == [BadRow("photos", broken, "its latents hold values that are no numbers")]
+    assert without.losses["edits"] == whole.losses["edits"]
+    assert without.losses["photos"] == pytest.approx(rest, abs=4e-6)
