@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
 from hub_server import TOKEN, HubServer, hub_server
+from stages.checkpoint import write_checkpoint
 from stages.hub import send as hub_send
 from stages.hub.fetch import FetchError, fetch_run
-from stages.hub.files import MARKER, is_resumable
+from stages.hub.files import MARKER, is_resumable, resumable
 from stages.hub.outbox import Job, Outbox, Parcel
 from stages.hub.send import send_all
 from stages.hub.words import is_repo, published
+from stages.log_files import BEGINNING, saved_place
 
 REPO = "user/adapter"
 
@@ -152,6 +155,29 @@ def test_what_was_sent_last_is_not_put_into_the_outbox_again(hub: HubServer, sen
     assert sending.outbox.jobs() == []
     sending.put(mark="b", a__json="{}")
     assert len(sending.outbox.jobs()) == 1
+
+
+def test_a_step_that_is_saved_again_is_sent_again(hub: HubServer, sending: Sending) -> None:
+    """Told to stop after its last step, a stage saves it before it is measured, and again once it is; another machine is to go on from the second."""
+
+    def saved(*, finished: bool, **more: torch.Tensor) -> Job | None:
+        places = {**saved_place("metrics", BEGINNING), **saved_place("trace", BEGINNING)}
+        (sending.folder / "stages").mkdir(exist_ok=True)
+        write_checkpoint(sending.folder / "stages" / "1-a", 4, {"adapter": {"a": torch.ones(2)}, **{name: {"p": value} for name, value in more.items()}}, {"stage": "a", "step": 4, "finished": finished, **places})
+        found = resumable(sending.folder)
+        assert found is not None
+        return sending.outbox.put(found.parcel(REPO, private=True), found.files, first_bytes=found.first_bytes)
+
+    assert saved(finished=False) is not None
+    assert saved(finished=False) is None, "nothing of it is new"
+    sending.send()
+    assert saved(finished=False) is None
+    assert saved(finished=True, probe=torch.zeros(3)) is not None
+    sending.send()
+    place = "stages/1-a/step-000004/"
+    there = on_hub(hub, "checkpoints")
+    assert json.loads(there[f"{place}state.json"])["finished"] is True
+    assert f"{place}probe.safetensors" in there
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"kind": "trained"}', '{"kind": "a later version\'s", "repo": "user/adapter", "private": true, "branch": "main", "message": "", "words": "", "mark": "a"}', "[" * 100_000])

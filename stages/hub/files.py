@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import safe_open
 
+from stages.hub.outbox import Parcel
 from stages.log_files import LogName, closed_files, file_of, is_log_file, place_of
 
 CHECKPOINTS = "checkpoints"
@@ -76,6 +77,13 @@ class Resumable:
     """Of files that grow, how much of them belongs to the checkpoint."""
     stage: str
     step: int
+    mark: str
+    """Tells the checkpoint apart: a step that was saved when a run was told to stop after it is saved again once it is measured."""
+
+    def parcel(self, repo: str, *, private: bool) -> Parcel:
+        """What sends it."""
+        words = f"{self.stage}, step {self.step}"
+        return Parcel("checkpoint", repo, private, CHECKPOINTS, words, f"the checkpoint of '{self.stage}', step {self.step}", self.mark)
 
 
 def resumable(run_folder: Path) -> Resumable | None:
@@ -100,7 +108,7 @@ def resumable(run_folder: Path) -> Resumable | None:
         files.update({path.name: path for part, path in closed_files(run_folder, log).items() if part < place.part})
         if (last_part := file_of(run_folder, log, place.part)).is_file():
             files[last_part.name], grow[last_part.name] = last_part, place.bytes
-    return Resumable(files, grow, str(state["stage"]), int(state["step"]))
+    return Resumable(files, grow, str(state["stage"]), int(state["step"]), sha256((newest / "manifest.json").read_bytes()).hexdigest())
 
 
 def is_resumable(name: str) -> bool:

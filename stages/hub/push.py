@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stages.hub.files import CHECKPOINTS, losses_words, resumable, trained_files, trained_mark, trained_words
+from stages.hub.files import losses_words, resumable, trained_files, trained_mark, trained_words
 from stages.hub.outbox import Outbox, Parcel
 from stages.hub.send import alone, send_all
 from stages.hub.words import HERE, PREFIX, WAITS, is_repo
@@ -45,9 +45,7 @@ def push_run(folder: Path, repo: str, *, private: bool, checkpoints: bool) -> in
         if checkpoints:
             if (found := resumable(folder)) is None:
                 return _failed(f"{folder} holds no checkpoint")
-            words = f"the checkpoint of '{found.stage}', step {found.step}"
-            parcel = Parcel("checkpoint", repo, private, CHECKPOINTS, f"{found.stage}, step {found.step}", words, f"{found.stage} {found.step}")
-            outbox.put(parcel, found.files, first_bytes=found.first_bytes)
+            outbox.put(found.parcel(repo, private=private), found.files, first_bytes=found.first_bytes)
         if not outbox.jobs():
             print(f"all of {folder} is on the Hub already")
             return 0

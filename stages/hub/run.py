@@ -17,7 +17,7 @@ from typing import IO
 from rich.markup import escape
 
 from stages.hub.fetch import FetchError, NothingThere, fetch_run, holds_checkpoints
-from stages.hub.files import CHECKPOINTS, bytes_said, losses_words, resumable, trained_files, trained_mark, trained_words
+from stages.hub.files import bytes_said, losses_words, resumable, trained_files, trained_mark, trained_words
 from stages.hub.outbox import Outbox, Parcel
 from stages.hub.words import WAITS
 from stages.plan import Publish
@@ -92,9 +92,7 @@ class Hub:
         self._write()  # before it is seen which files there are: a line more may close a part of metrics.jsonl
         if not self.publish.checkpoints or (found := resumable(self._folder)) is None:
             return
-        words = f"the checkpoint of '{found.stage}', step {found.step}"
-        parcel = Parcel("checkpoint", self.publish.repo, self.publish.private, CHECKPOINTS, f"{found.stage}, step {found.step}", words, f"{found.stage} {found.step}")
-        self._put(parcel, found.files, found.first_bytes)
+        self._put(found.parcel(self.publish.repo, private=self.publish.private), found.files, found.first_bytes)
 
     def _put(self, parcel: Parcel, files: Mapping[str, Path], first_bytes: Mapping[str, int]) -> None:
         try:

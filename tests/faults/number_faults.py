@@ -39,6 +39,7 @@ class NumberFault:
         from stages.families.family import Family
         from stages.leg import Leg
         from stages.objectives import parts as of_parts
+        from stages.sharing import whole
 
         under_way: dict[str, Any] = {"step": 0, "fresh": False}
         see, stepped, errors_and_losses, encode_images = Leg.parts, Leg.stepped, of_parts.errors_and_losses, Family.encode_images
@@ -81,7 +82,7 @@ class NumberFault:
             stepped(leg, made, **named)
             under_way["fresh"] = False  # what is measured between steps stays as it is
             note.mkdir(exist_ok=True)
-            held = hashlib.sha256(b"".join(value.detach().cpu().numpy().tobytes() for value in leg.training.trainable.values())).hexdigest()
+            held = hashlib.sha256(b"".join(whole(value).numpy().tobytes() for value in leg.training.trainable.values())).hexdigest()
             (note / f"weights-{leg.stage.name}-{leg.step}-{rank}").write_text(held)
             killed = note / f"killed-{rank}"
             if leg.step == self.kill_after and not killed.exists():

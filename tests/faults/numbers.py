@@ -30,7 +30,7 @@ from safetensors.torch import load_file  # noqa: E402
 from faults.number_faults import INF_LOSS, NAN_GRADIENT, NAN_LATENTS, NAN_LOSS, OVERFLOW, WRONG, NumberFault  # noqa: E402
 from faults.table import Fault, main  # noqa: E402
 from models import tiny_flux  # noqa: E402
-from runs import adapter_bytes, events, make_data, plan_of, started, write_plan  # noqa: E402
+from runs import FSDP2, NOTHING, events, make_data, plan_of, started, write_plan  # noqa: E402
 from stages import guard  # noqa: E402
 
 STEPS, AT, SKIPS = 12, 5, 3
@@ -54,11 +54,13 @@ def plan(world: Path, **stage: Any) -> dict[str, Any]:
     found = plan_of(world, model=str(world / "latent"), cache="none", log_every=1, previews={"rows": 0})
     asked = {"steps": STEPS, "resolution": 16, "batch": {"images": 8, "micro": 2}, "lr": 0.01, "precision": "fp32", "ema": 0.9, "guard": {"skips": SKIPS}}
     found["stages"] = [{"name": "learn", **asked, **stage}]
+    if stage.get("train") == "full":
+        del found["adapter"]
     return found
 
 
-def carried_out(folder: Path, asked: Mapping[str, Any], fault: NumberFault | None, processes: int) -> list[int]:
-    """Carry out a plan in forked processes, with a fault; their exit codes."""
+def carried_out(folder: Path, asked: Mapping[str, Any], fault: NumberFault | None, processes: int, told: Mapping[str, str] = NOTHING) -> list[int]:
+    """Carry out a plan in forked processes, with a fault; their exit codes. told: as of `runs.started`."""
     folder.mkdir(exist_ok=True)
 
     def before(rank: int) -> None:
@@ -67,7 +69,7 @@ def carried_out(folder: Path, asked: Mapping[str, Any], fault: NumberFault | Non
             fault.put_in(rank, folder / "note")
 
     file = write_plan(folder / "plan.yaml", asked)
-    children = started([str(file), "--out", str(folder / "run")], processes=processes, output=folder / "log", timeout=300, before=before)
+    children = started([str(file), "--out", str(folder / "run")], processes=processes, output=folder / "log", timeout=300, told=told, before=before)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -81,10 +83,15 @@ def _must(holds: object, what: str, folder: Path) -> None:
         raise Lost(f"{what}: {' / '.join(said(folder).splitlines()[-4:])} ({folder})")
 
 
-def _is_sound(folder: Path) -> bool:
-    """Whether the last checkpoint of the stage holds numbers alone."""
+def _tensor_files(folder: Path) -> list[Path]:
+    """Weights, moments and averages: those of the last checkpoint of the stage."""
     newest = max((folder / "run" / "stages" / "1-learn").glob("step-*"))
-    return all(bool(value.isfinite().all()) for file in newest.glob("*.safetensors") for value in load_file(file).values() if value.is_floating_point())
+    return sorted(newest.glob("*.safetensors"))
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether it holds numbers alone."""
+    return all(bool(value.isfinite().all()) for file in _tensor_files(folder) for value in load_file(file).values() if value.is_floating_point())
 
 
 def _weights(folder: Path, step: int) -> set[str]:
@@ -97,12 +104,12 @@ def _hit(folder: Path, step: int) -> tuple[str, str]:
     return source, key
 
 
-def once(world: Path, folder: Path, kind: str, processes: int) -> None:
+def once(world: Path, folder: Path, kind: str, processes: int, told: Mapping[str, str] = NOTHING, **stage: Any) -> None:
     """At one step of the last process. Raises Lost."""
-    asked = plan(world, **({"precision": "fp16"} if kind == OVERFLOW else {}))
+    asked = plan(world, **stage, **({"precision": "fp16"} if kind == OVERFLOW else {}))
     whole, killed = folder / "whole", folder / "killed"
     rank = processes - 1
-    codes = carried_out(whole, asked, NumberFault(kind, rank, AT), processes)
+    codes = carried_out(whole, asked, NumberFault(kind, rank, AT), processes, told)
     _must(codes == [0] * processes, f"ended in {codes}", whole)
     _must(_is_sound(whole), "the last checkpoint holds what is no number", whole)
     _must(all(len(_weights(whole, step)) == 1 for step in range(1, STEPS + 1)), "processes hold other weights", whole)
@@ -117,10 +124,16 @@ def once(world: Path, folder: Path, kind: str, processes: int) -> None:
         _must(kind != NAN_LATENTS or found[0]["rows"][0]["not_finite"] == "latents", "did not say that it was the latents", whole)
         _must([line["skipped"] for line in events(whole / "run", "step") if "skipped" in line] == [1] * (STEPS - AT + 1), "lines of the log do not say what was skipped", whole)
     _must(all(line["loss"] is not None and np.isfinite(line["loss"]) for line in events(whole / "run", "step")), "a line of the log has no loss", whole)
-    carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes)
-    codes = carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes)
+    carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes, told)
+    codes = carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes, told)
     _must(codes == [0] * processes, f"went on and ended in {codes}", killed)
-    _must(adapter_bytes(killed / "run") == adapter_bytes(whole / "run"), "killed and gone on with, it ends in other bytes", killed)
+    ends = [{file.name: file.read_bytes() for file in _tensor_files(each)} for each in (killed, whole)]
+    _must(ends[0] == ends[1], "killed and gone on with, it ends in other bytes", killed)
+
+
+def sharded(world: Path, folder: Path, kind: str, train: str) -> None:
+    """`once` under FSDP2, where each of two processes has a part of the model. Raises Lost."""
+    once(world, folder, kind, 2, FSDP2, train=train)
 
 
 def always(world: Path, folder: Path, kind: str, processes: int) -> None:
@@ -194,12 +207,12 @@ def carry_out(whole: bool) -> list[Fault]:
 
     def row(name: str, tries: list[tuple[Any, ...]]) -> None:
         lost: list[str] = []
-        for number, (carry, what, processes) in enumerate(tries):
+        for number, (carry, what, how) in enumerate(tries):
             folder = world / f"{len(tried)}-{number}"
             if carry is not always and carry is not image:
                 folder.mkdir()
             with _noted(lost):
-                carry(world, folder, what, processes)
+                carry(world, folder, what, how)
         tried.append(Fault(name, len(tries), len(tries) - len(lost), tuple(lost)))
 
     both = (1, 2)
@@ -210,6 +223,8 @@ def carry_out(whole: bool) -> list[Fault]:
     for kind in KINDS:
         row(f"{kind}, once", [(once, kind, processes) for processes in both])
         row(f"{kind}, always", [(always, kind, processes) for processes in both])
+    for train in ("adapter", "full"):
+        row(f"under FSDP2, train: {train}, once", [(sharded, kind, train) for kind in (INF_LOSS, NAN_GRADIENT, NAN_LOSS, NAN_LATENTS)])
     for on_spike in ("say", "skip"):
         row(f"{WRONG}, on_spike: {on_spike}", [(spike, on_spike, processes) for processes in both])
     row("an image with pixels that are no numbers", [(image, value, processes) for value in (float("nan"), float("inf")) for processes in both])
