@@ -34,6 +34,7 @@ from test_hub import REPO, ask, on_hub  # noqa: E402
 from test_track import of_tensorboard, of_trackio  # noqa: E402
 
 from faults.kill_places import BETWEEN, MEETING, PLACES, Watched  # noqa: E402
+from faults.launched import LaunchedProcesses  # noqa: E402
 from faults.table import Fault, main  # noqa: E402
 from hub_server import hub_server  # noqa: E402
 from models import tiny_flux  # noqa: E402
@@ -148,11 +149,11 @@ def make_world(folder: Path) -> Path:
 # --- one launch ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Launch:
+class Launch(LaunchedProcesses):
     """The processes of one launch of a way, in a folder of its own."""
 
     def __init__(self, folder: Path, way: Way, url: str) -> None:
-        self.folder, self.watched, self.log = folder, Watched(), folder / "log"
+        self.folder, self.watched, log = folder, Watched(), folder / "log"
 
         def before(rank: int) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
@@ -164,43 +165,16 @@ class Launch:
             if rank == 0:
                 self.watched.tell()
 
-        self.numbers = started(["plan.yaml", "--out", "run", "--trace"], processes=way.processes, output=self.log, timeout=300, before=before)
-        self._codes: dict[int, int] = {}
-
-    def codes(self) -> list[int | None]:
-        """The exit codes, by rank, of those that have ended."""
-        for number in self.numbers:
-            if number not in self._codes:
-                ended, status = os.waitpid(number, os.WNOHANG)
-                if ended:
-                    self._codes[number] = os.waitstatus_to_exitcode(status)
-        return [self._codes.get(number) for number in self.numbers]
-
-    def wait(self, seconds: float, *, one: bool = False) -> bool:
-        """Until all have ended, or one of them; whether they have in so many seconds."""
-        until = time.monotonic() + seconds
-        while not (ended := any(code is not None for code in self.codes()) if one else all(code is not None for code in self.codes())) and time.monotonic() < until:
-            time.sleep(0.005)
-        return ended
-
-    def send(self, what: signal.Signals, *, rank: int | None = None) -> None:
-        """Send a signal to every process, or to one."""
-        for of_rank, number in enumerate(self.numbers):
-            if rank in (None, of_rank) and number not in self._codes:
-                os.kill(number, what)
+        super().__init__(started(["plan.yaml", "--out", "run", "--trace"], processes=way.processes, output=log, timeout=300, before=before), log)
 
     def kill(self, *, with_children: bool) -> None:
         """End all by kill -9. with_children: data workers, and what sends to the Hub, too, as where a machine goes; else they find out themselves."""
-        children = [child for number in self.numbers if number not in self._codes for child in psutil.Process(number).children(recursive=True)] if with_children else []
+        children = [child for number in self.left() for child in psutil.Process(number).children(recursive=True)] if with_children else []
         self.send(signal.SIGKILL)
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
         self.wait(SOON)
-
-    def said(self) -> str:
-        """The end of what they printed."""
-        return " / ".join(self.log.read_text(errors="replace").splitlines()[-6:])
 
 
 # --- one try -------------------------------------------------------------------------------------------------------------------------------
@@ -252,7 +226,7 @@ def carry_out_one(tried: Try, whole: Whole, world: Path, folder: Path) -> Outcom
                 launch = Launch(place, way, url)
                 launch.wait(240)
                 ended = launch.codes()
-                lost = differences(whole, place, held()) if ended == [0] * way.processes else f"went on and ended in {ended}: {launch.said()}"
+                lost = differences(whole, place, held()) if ended == [0] * way.processes else f"went on and ended in {ended}: {launch.end()}"
         return Outcome(doing, f"{tried.number}, {way.name}, {way.processes} processes, while {doing}: {lost} ({place})" if lost else "")
     return Outcome(BETWEEN, f"{tried.number}: the run was through five times before it was disturbed")
 
@@ -267,7 +241,7 @@ def _disturb(launch: Launch, how: str, draw: np.random.Generator) -> str:
         launch.send(signal.SIGKILL, rank=int(draw.integers(2)))
         gone = doing == MEETING or launch.wait(SOON)  # before they have met only a launcher knows of both, and it ends the other
         launch.kill(with_children=False)
-        return "" if gone else f"the other process was there after {SOON:.0f} seconds: {launch.said()}"
+        return "" if gone else f"the other process was there after {SOON:.0f} seconds: {launch.end()}"
     if how == APART:
         launch.send(signal.SIGKILL, rank=int(draw.integers(2)))
         time.sleep(float(draw.random()) * MOMENT)
@@ -279,12 +253,12 @@ def _disturb(launch: Launch, how: str, draw: np.random.Generator) -> str:
     seconds, codes = time.monotonic() - began, launch.codes()
     launch.kill(with_children=False)
     if not gone:
-        return f"there after {seconds:.0f} seconds, while {launch.watched.doing}: {launch.said()}"
+        return f"there after {seconds:.0f} seconds, while {launch.watched.doing}: {launch.end()}"
     if 128 + number in codes and not _is_saved(launch.folder / "run"):
-        return f"left steps unsaved: {launch.said()}"
+        return f"left steps unsaved: {launch.end()}"
     if doing in (MEETING, BETWEEN) or set(codes) <= {0, 128 + number}:  # before processes have met and once a run is over nobody listens, and there is nothing to save
         return ""
-    return f"ended in {codes}: {launch.said()}"
+    return f"ended in {codes}: {launch.end()}"
 
 
 def _is_saved(run: Path) -> bool:

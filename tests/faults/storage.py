@@ -36,6 +36,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from faults.kills import Whole, left_by  # noqa: E402
+from faults.launched import LaunchedProcesses  # noqa: E402
 from faults.table import Fault, main  # noqa: E402
 from models import tiny_flux  # noqa: E402
 from runs import make_data, plan_of, started, write_plan  # noqa: E402
@@ -119,12 +120,12 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-class Launch:
+class Launch(LaunchedProcesses):
     """The processes of one launch in a folder."""
 
     def __init__(self, folder: Path, processes: int = 1, at: tuple[str, int, Callable[[], object]] | None = None, before: Callable[[], object] | None = None) -> None:
         """at: a duty, and what is done, in the main process, when it is come to for the n-th time. before: what is done in it at first."""
-        self.folder, self.log = folder, folder.parent / f"{folder.name}-{time.monotonic_ns()}.log"  # beside the disk
+        self.folder, log = folder, folder.parent / f"{folder.name}-{time.monotonic_ns()}.log"  # beside the disk
         self._mark = mmap.mmap(-1, 1)
 
         def prepare(rank: int) -> None:
@@ -139,8 +140,7 @@ class Launch:
                 duty, number, act = at
                 self._watch(DUTIES[duty], number, act)
 
-        self.numbers = started(["plan.yaml", "--out", "run", "--trace"], processes=processes, output=self.log, timeout=300, before=prepare)
-        self._codes: dict[int, int] = {}
+        super().__init__(started(["plan.yaml", "--out", "run", "--trace"], processes=processes, output=log, timeout=300, before=prepare), log)
 
     def _watch(self, function: str, number: int, act: Callable[[], object]) -> None:
         """In the process: act when the function is called for the n-th time."""
@@ -166,40 +166,10 @@ class Launch:
         """Whether what was to be done at a duty is done."""
         return bool(self._mark[0])
 
-    def codes(self) -> list[int | None]:
-        """The exit codes, by rank, of those that have ended."""
-        for number in self.numbers:
-            if number not in self._codes:
-                ended, status = os.waitpid(number, os.WNOHANG)
-                if ended:
-                    self._codes[number] = os.waitstatus_to_exitcode(status)
-        return [self._codes.get(number) for number in self.numbers]
-
-    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Until all have ended, or something holds; whether all have ended."""
-        end = time.monotonic() + seconds
-        while not (ended := all(code is not None for code in self.codes())) and not until() and time.monotonic() < end:
-            time.sleep(0.01)
-        return ended
-
-    def send(self, what: signal.Signals) -> None:
-        """Send a signal to every process that is there."""
-        for number in self.numbers:
-            if number not in self._codes:
-                os.kill(number, what)
-
     def kill(self) -> None:
         """End what is left of it."""
         self.send(signal.SIGKILL)
         self.wait(LONG)
-
-    def said(self) -> str:
-        """All that was printed."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def end(self) -> str:
-        """The end of what was printed, in one line."""
-        return " / ".join(self.said().splitlines()[-5:])
 
 
 def carried_out(folder: Path, plan: Mapping[str, Any], processes: int = 1) -> Launch:
@@ -266,9 +236,9 @@ def try_full(tried: Full, whole: Whole, world: Path, folder: Path) -> str:
 
 
 def _full(tried: Full, launch: Launch, place: Path, whole: Whole, pause: float) -> str:
-    if launch.wait(LONG, lambda: launch.has_acted) and not launch.has_acted:
+    if launch.wait(LONG, until=lambda: launch.has_acted) and not launch.has_acted:
         return "" if launch.codes() == [0] * tried.processes else f"ended in {launch.codes()} before the disk was full: {launch.end()}"
-    launch.wait(pause + 1.0, lambda: "waiting for room" in launch.said())
+    launch.wait(pause + 1.0, until=lambda: "waiting for room" in launch.said())
     ended = launch.wait(pause)
     if "Traceback" in launch.said():
         return f"a traceback: {launch.end()}"
@@ -634,10 +604,10 @@ def try_lock(how: str, processes: int, whole: Whole, world: Path, folder: Path) 
             return f"{name}: ended in {codes}: {[launch.end() for launch in launches]}"
     else:
         first = Launch(place, processes, ("a checkpoint is written", 2, lambda: None))
-        first.wait(LONG, lambda: first.has_acted)
+        first.wait(LONG, until=lambda: first.has_acted)
         if how == "one after the other":
             began, second = time.monotonic(), Launch(place, processes)
-            second.wait(LONG, lambda: second.codes()[0] is not None)
+            second.wait(LONG, until=lambda: second.codes()[0] is not None)
             seconds = time.monotonic() - began
             gone = second.wait(2 * SOON)
             second.kill()
