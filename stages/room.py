@@ -80,7 +80,7 @@ class Room:
             if not is_full(failed):
                 raise RunError(f"{self.folder}: {what} cannot be written: {words_of(failed)}; {self.standing()}. See to the disk, and the same command goes on") from failed
             free = free_bytes(self.folder)
-            needs = f"{what} needs {f'about {bytes_said(size)}' if size else 'room'}, {bytes_said(free)} are free"
+            needs = f"{what} needs {f'about {bytes_said(size)}' if size else 'room'}, {_free_said(self.folder, failed, free)}"
             if self._stop.look():
                 lost = f"the steps since are not saved, and are made again by the same command; it needs {f'{bytes_said(size)}' if size else 'room'} on that disk"
                 raise Left(f"stopped by {self._stop.name} while the disk of {self.folder} was full: {needs}; {self.standing()}; {lost}") from failed
@@ -218,6 +218,19 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     found = _NUMBER.search(str(error))
     return int(found[1] or found[2]) if found else None
+
+
+def _free_said(folder: Path, error: BaseException, free: int) -> str:
+    """What there is, in words, and what there is not: a disk may have bytes left that this user, or one file more, may not take."""
+    if _number(error) == errno.EDQUOT:
+        return f"and the quota there is used up (quota -s), though {bytes_said(free)} are free"
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        found = None
+    if found is not None and found.f_files and not found.f_favail:
+        return f"and no file more can be made there (df -i), though {bytes_said(free)} are free"
+    return f"{bytes_said(free)} are free"
 
 
 def free_bytes(folder: Path) -> int:

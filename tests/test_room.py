@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -95,6 +96,15 @@ def test_a_full_disk_is_waited_for_and_what_was_to_be_written_is_written(room: R
     for words in ("is full", str(room.folder), "the checkpoint of 'refine', step 60, needs about 3 MB", "are free", "the checkpoint of 'refine', step 40, stands", "Ctrl-C ends"):
         assert words in first
     assert "there is room again" in last
+
+
+def test_where_bytes_are_free_and_cannot_be_taken_it_is_said_why(room: Room, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    room.must("the checkpoint", failing(OF_SAFETENSORS))
+    assert "needs room, and the quota there is used up (quota -s), though " in said[0]
+    found = os.statvfs(room.folder)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=found.f_bavail, f_frsize=found.f_frsize, f_files=1000, f_favail=0))
+    room.must("the checkpoint", failing(FULL))
+    assert "needs room, and no file more can be made there (df -i), though " in said[2]
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

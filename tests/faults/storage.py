@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce, wraps
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from models import tiny_flux  # noqa: E402
 from runs import make_data, plan_of, started, write_plan  # noqa: E402
 
 SEED = 11
-DISK_BYTES = 48 * 2**20
+DISK_BYTES, FILES = 48 * 2**20, 100_000
 SOON = 10.0
 """Seconds in which a run that waits for room, and is told to stop, is gone; and in which a second launch is refused."""
 LONG = 120.0
@@ -58,7 +59,7 @@ _READ_ONLY, _REMOUNT = 1, 32
 def disk(place: Path) -> Iterator[Path]:
     """A tmpfs of DISK_BYTES. Raises OSError where none can be mounted."""
     place.mkdir(parents=True)
-    mount(place, 0)
+    mount(place, 0, FILES)
     try:
         yield place
     finally:
@@ -66,9 +67,9 @@ def disk(place: Path) -> Iterator[Path]:
         place.rmdir()
 
 
-def mount(place: Path, flags: int) -> None:
-    """Mount a tmpfs, or mount it anew with other flags. Raises OSError."""
-    if _LIBC.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags, f"size={DISK_BYTES}".encode()):
+def mount(place: Path, flags: int, files: int) -> None:
+    """Mount a tmpfs, or mount it anew with other flags. files: how many it takes. Raises OSError."""
+    if _LIBC.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags, f"size={DISK_BYTES},nr_inodes={files}".encode()):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(place))
 
@@ -81,9 +82,16 @@ def fill(place: Path, left: int) -> None:
             os.posix_fallocate(file.fileno(), file.tell(), free - left)
 
 
+def use_up_files(place: Path) -> None:
+    """Have it take no file more, though bytes are free."""
+    found = os.statvfs(place)
+    mount(place, _REMOUNT, found.f_files - found.f_ffree)
+
+
 def make_room(place: Path) -> None:
     """Give it back."""
     (place / "filler").unlink(missing_ok=True)
+    mount(place, _REMOUNT, FILES)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------------------------------
@@ -200,7 +208,7 @@ def other_than(whole: Whole, place: Path, *but: str) -> str:
 # --- a full disk ---------------------------------------------------------------------------------------------------------------------------
 
 WAITS, TERM, INT, KILL = "room is made while it waits", "SIGTERM while it waits, then room", "SIGINT while it waits, then room", "kill -9 while it waits, then room"
-_MAY = ("the cache is written", "the report is written")  # what is done without
+_MAKES_FILES = ("a checkpoint is written", "an evaluation is kept", "the adapter is published", "the cache is written")
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,8 @@ class Full:
     how: str
     call: int
     """The duty is come to for the n-th time."""
-    left: int
+    left: int | None
+    """Bytes; None where they are free, and no file more can be made."""
     processes: int = 1
 
 
@@ -220,10 +229,11 @@ def try_full(tried: Full, whole: Whole, world: Path, folder: Path) -> str:
     """Fill the disk, do what is asked, go on, and compare; what was lost, nothing if all was kept."""
     draw = np.random.default_rng([SEED, tried.number])
     place = folder / f"full-{tried.number}"
-    name = f"{tried.duty}, call {tried.call}, {tried.left} bytes left, {tried.how}, {tried.processes} processes"
+    name = f"{tried.duty}, call {tried.call}, {'no files' if tried.left is None else f'{tried.left} bytes'} left, {tried.how}, {tried.processes} processes"
+    act = partial(use_up_files, place) if tried.left is None else partial(fill, place, tried.left)
     with disk(place):
         write_plan(place / "plan.yaml", make_plan(world))
-        launch = Launch(place, tried.processes, (tried.duty, tried.call, partial(fill, place, tried.left)))
+        launch = Launch(place, tried.processes, (tried.duty, tried.call, act))
         try:
             lost = _full(tried, launch, place, whole, float(draw.uniform(0.2, 2.0)))
         finally:
@@ -237,7 +247,7 @@ def try_full(tried: Full, whole: Whole, world: Path, folder: Path) -> str:
 
 def _full(tried: Full, launch: Launch, place: Path, whole: Whole, pause: float) -> str:
     if launch.wait(LONG, until=lambda: launch.has_acted) and not launch.has_acted:
-        return "" if launch.codes() == [0] * tried.processes else f"ended in {launch.codes()} before the disk was full: {launch.end()}"
+        return f"ended in {launch.codes()} before the disk was full: {launch.end()}"
     launch.wait(pause + 1.0, until=lambda: "waiting for room" in launch.said())
     ended = launch.wait(pause)
     if "Traceback" in launch.said():
@@ -294,6 +304,7 @@ def full_tries(whole: bool) -> list[Full]:
                 call = int(draw.integers(1, {"metrics.jsonl is written": 30, "trace.jsonl is written": 8, "a checkpoint is written": 5, "an evaluation is kept": 6}.get(duty, 2)))
                 left = int(draw.choice([0, 0, 4096, draw.integers(0, 40_000), draw.integers(0, 300_000)]))
                 tries.append(Full(len(tries), duty, how, call, left, processes))
+    tries += [Full(len(tries) + number, duty, how, 1, None) for number, (duty, how) in enumerate(product(_MAKES_FILES, (WAITS, TERM, KILL)))]
     return tries
 
 
@@ -656,7 +667,7 @@ def carry_out(whole: bool) -> list[Fault]:
         locks = [(how, pool.submit(try_lock, how, processes, wholes[processes], world, folder)) for how in (_LOCKS if whole else _LOCKS[1:2]) for processes in ((1, 2) if whole else (1,))]
         rows: dict[str, list[str]] = {}
         for each, future in full:
-            rows.setdefault(f"the disk is full when {each.duty}", []).append(future.result())
+            rows.setdefault(f"the disk is full when {each.duty}" if each.left is not None else "no file more can be made on the disk, though bytes are free", []).append(future.result())
         for row, future in failing:
             rows.setdefault(row, []).append(future.result())
         for found in harmed:
