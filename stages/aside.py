@@ -41,5 +41,10 @@ def aside(model: nn.Module, stop: Stop, accelerator: Accelerator, engine: Engine
             yield
         finally:
             hook.remove()
+    heed(stop, accelerator)
+
+
+def heed(stop: Stop, accelerator: Accelerator) -> None:
+    """Raises Stopped, on all processes, if any of them was told to stop. Every process must ask at the same point."""
     if stop.agreed(accelerator):
         raise Stopped(stop)

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,13 +19,12 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
 from mixing.bad_rows import SourceError
 from mixing.mixture import TooManyBadRows
 from mixing.selected import Selection
 from mixing.share_out import TooFewImages
-from stages.aside import aside
+from stages.aside import aside, heed
 from stages.attention import check_attention
 from stages.checkpoint import Checkpoint, keep_newest, newest_checkpoint, restore_replaced, write_whole
 from stages.console import EnduringConsole
@@ -45,7 +44,7 @@ from stages.open_engine import open_engine
 from stages.open_sources import index_folder, open_selections
 from stages.plan import Plan
 from stages.precision import check_fp8, start_accelerator
-from stages.prior import is_made, make_prior, prior_folder
+from stages.prior import alone, is_made, make_prior, prior_folder
 from stages.problems import PlanError, RowsError, RunError
 from stages.processes import Processes
 from stages.reader import to_yaml
@@ -95,7 +94,7 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
                 room.must("what a checkpoint was to replace", partial(restore_replaced, stage_folder(folder, index, stage.name)))
         processes.check_shared(folder, "the run's folder", "pass --out with a folder on a disk that all machines share")
         model = fingerprint(plan.model)
-        priors = _priors(plan, model, folder, processes, engine, lambda model: aside(model, stop, accelerator, engine), accelerator.device, console)
+        priors = _priors(plan, model, folder, processes, engine, stop, accelerator, console)
         selections = _opened(plan, processes, priors)
         rows = {f"what source '{name}' holds": selection.source.fingerprint for name, selection in selections.items()}
         processes.check_alike({"the plan": sha256(to_yaml(plan).encode()).hexdigest(), "the model": model, **rows})
@@ -178,19 +177,19 @@ def _open_run(plan: Plan, folder: Path, told: Launched, accelerator: Accelerator
                 run.trace.close()
 
 
-def _priors(
-    plan: Plan, model: str, folder: Path, processes: Processes, engine: Engine, inside: Callable[[nn.Module], AbstractContextManager[None]], device: torch.device, console: Console
-) -> dict[str, Path]:
+def _priors(plan: Plan, model: str, folder: Path, processes: Processes, engine: Engine, stop: Stop, accelerator: Accelerator, console: Console) -> dict[str, Path]:
     """Where the images lie that the model makes itself; those that are not there are made. Raises Stopped if a signal comes meanwhile."""
     places = {name: prior_folder(plan, name, model, Path.cwd(), folder) for name, source in plan.sources.items() if source.prior is not None}
     made = processes.gathered({name: is_made(place) for name, place in places.items()})  # all have seen what is missing before any of it is made
     if missing := [name for name in places if not all(of_process[name] for of_process in made)]:
         places[missing[0]].parent.mkdir(parents=True, exist_ok=True)
         processes.check_shared(places[missing[0]].parent, "the cache's folder", "processes make a prior's images together: name a cache.folder on a disk that all machines share")
-        family = open_family(plan.model, device)
+        family, say = open_family(plan.model, accelerator.device), console.print if processes.is_main else lambda message: None
         for name in missing:
             try:
-                make_prior(plan, name, places[name], family, processes, engine, inside, Path.cwd(), console.print if processes.is_main else lambda message: None)
+                with alone(places[name], processes, partial(heed, stop, accelerator), say):
+                    if not processes.gathered(is_made(places[name]))[0]:  # another run may have made them meanwhile
+                        make_prior(plan, name, places[name], family, processes, engine, lambda model: aside(model, stop, accelerator, engine), Path.cwd(), say)
             except OSError as error:
                 raise RunError(f"sources.{name}.prior: its images cannot be made in {places[name]}: {words_of(error)}; make room, or name another cache.folder, and the same command makes them anew") from error
     return places

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ from stages.storage import Stored, load_stored
 
 _AT_ONCE = 4
 _DONE = "prior.json"
+_LOOKS = 0.5  # seconds between two looks at whether another run has ended
 
 
 def prompts_of(name: str, prior: Prior, root: Path) -> list[str]:
@@ -91,13 +96,43 @@ def priors_made(plan: Plan, root: Path) -> dict[str, Path]:
     return {name: place for name, place in places.items() if is_made(place)}
 
 
+@contextmanager
+def alone(folder: Path, processes: Processes, heed: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the folder of a prior source against other runs, which may make the same images; until one that makes them has ended it is waited for. Every process must take part.
+
+    heed: raises Stopped, on all processes, if a signal has come. Raises OSError.
+    """
+    with ExitStack() as leaving:
+        lock = None
+        if processes.is_main:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = leaving.enter_context(folder.with_name(f".{folder.name}.lock").open("w"))
+        is_said = False
+        while not processes.gathered(lock is None or _is_taken(lock))[0]:
+            if not is_said:
+                is_said = True
+                say(f"another run is making the images of {escape(str(folder))}; waiting for it")
+            heed()
+            time.sleep(_LOOKS)
+        yield
+
+
+def _is_taken(lock: IO[str]) -> bool:
+    """Whether this process has the lock now, which goes with it, however it ends; on a disk that keeps none every process has."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
 def make_prior(
     plan: Plan, name: str, folder: Path, family: Family, processes: Processes, engine: Engine, inside: Callable[[nn.Module], AbstractContextManager[None]], root: Path, say: Callable[[str], None]
 ) -> None:
     """Make a prior source's images with the untrained model, shared out among the processes, each with its prompt in a .txt beside it.
 
     Image i has prompt i modulo their number, and noise keyed by (seed, source, i), so they do not depend on the processes. Those that a launch before this one has made stand.
-    inside: in what processes sample with a model, as `stages.aside.aside`; raises Stopped if a signal comes.
+    No other run may do so at the same time (`alone`). inside: in what processes sample with a model, as `stages.aside.aside`; raises Stopped if a signal comes.
     """
     prior = plan.sources[name].prior
     assert prior is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,50 @@ def test_images_that_the_model_makes_first_are_gone_on_with_where_a_signal_broke
     [whole] = (folder / "prior").glob("prior-*")
     assert made.items() <= {file.name: file.stat().st_mtime_ns for file in whole.glob("*.png")}.items()
     assert len(list(whole.glob("*.png"))) == 9
+
+
+def test_a_run_that_needs_images_which_another_is_making_waits_for_them_and_heeds_signals(tmp_path: Path) -> None:
+    world, gate = make_world(tmp_path / "world"), tmp_path / "gate"
+    source = {"prior": {"prompts": ["a red disc", "a blue square"], "count": 3, "steps": 1}}
+    plan = plan_of(world, previews={"rows": 0}, evaluate={"rows": 0}, cache={"folder": str(tmp_path / "cache")})
+    file = write_plan(tmp_path / "plan.yaml", {**plan, "sources": {"prior": source}, "stages": [{**plan["stages"][1], "steps": 1, "batch": 2}]})
+
+    def slow(rank: int) -> None:
+        original = stages.prior.sample
+
+        def sample(*arguments: Any) -> Any:
+            gate.with_suffix(".reached").touch()
+            until(gate.exists)
+            return original(*arguments)
+
+        stages.prior.sample = sample
+
+    def until(holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def begun(name: str, processes: int = 1, before: Callable[[int], None] | None = None) -> tuple[list[int], Path]:
+        return started([str(file), "--out", str(tmp_path / name)], processes=processes, output=tmp_path / f"{name}.log", before=before), tmp_path / f"{name}.log"
+
+    def waits(log: Path) -> bool:
+        return log.exists() and "another run is making the images" in log.read_text()
+
+    def ended(children: list[int]) -> list[int]:
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    first, log_of_first = begun("first", before=slow)
+    until(gate.with_suffix(".reached").exists)
+    told, log = begun("told", 2)
+    until(lambda: waits(log))
+    os.kill(told[1], signal.SIGTERM)
+    assert ended(told) == [128 + signal.SIGTERM] * 2, log.read_text()
+    second, log_of_second = begun("second", 2)
+    until(lambda: waits(log_of_second))
+    gate.touch()
+    assert ended(first) == [0], log_of_first.read_text()
+    assert ended(second) == [0, 0], log_of_second.read_text()
+    assert "makes its 3 images" in " ".join(log_of_first.read_text().split())
+    assert "makes its" not in log_of_second.read_text()
+    assert adapter_bytes(tmp_path / "first")
