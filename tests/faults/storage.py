@@ -122,8 +122,9 @@ def make_plan(world: Path) -> dict[str, Any]:
 
 
 def make_world(folder: Path) -> Path:
-    """Data and a model."""
+    """Data, and a model without a VAE and with one."""
     make_data(folder / "data")
+    tiny_flux(folder / "latent", pixels=False)
     tiny_flux(folder / "model", pixels=True)
     return folder
 
@@ -638,6 +639,41 @@ def try_lock(how: str, processes: int, whole: Whole, world: Path, folder: Path) 
     return f"{name}: {lost}" if lost else ""
 
 
+# --- one cache of two runs -----------------------------------------------------------------------------------------------------------------
+
+_SHARED = ("without a limit", "with a limit that holds a part of it", "one of them is killed by kill -9 and goes on")
+
+
+def cached_plan(world: Path, cache: Path, *, limit: bool) -> dict[str, Any]:
+    """A model with a VAE, and a cache, which may be too small for what both stages encode."""
+    plan = make_plan(world)
+    plan["stages"] = [{**stage, "resolution": 16, "batch": {"images": 8, "micro": 2}} for stage in plan["stages"]]
+    return {**plan, "model": str(world / "latent"), "cache": {"folder": str(cache), **({"limit": "0.02MB"} if limit else {})}}
+
+
+def try_shared(how: str, world: Path, folder: Path) -> str:
+    """Two runs at once that fill one cache, and use it: each ends as one that has a cache of its own."""
+    place, limit = folder / f"shared-{time.monotonic_ns()}", how == _SHARED[1]
+    alone = whole_run(place / "alone", cached_plan(world, place / "own", limit=limit))
+    launches = []
+    for number in range(2):
+        (place / str(number)).mkdir()
+        write_plan(place / str(number) / "plan.yaml", cached_plan(world, place / "shared", limit=limit))
+        launches.append(Launch(place / str(number), 1, ("a checkpoint is written", 1, lambda: None)))
+    if how == _SHARED[2]:
+        launches[0].wait(LONG, until=lambda: launches[0].has_acted)
+        launches[0].kill()
+        launches[0] = Launch(place / "0", 1)
+    for number, launch in enumerate(launches):
+        launch.wait(LONG)
+        launch.kill()
+        if launch.codes() != [0] or "Traceback" in launch.said():
+            return f"{how}: ended in {launch.codes()}: {launch.end()}"
+        if lost := other_than(alone, place / str(number), "adapter/pytorch_lora_weights.safetensors"):  # the plan stands in it
+            return f"{how}: {lost}"
+    return ""
+
+
 # --- all of them ---------------------------------------------------------------------------------------------------------------------------
 
 _SHORT_DAMAGES = ("a flipped bit: adapter.safetensors of the newest checkpoint",)
@@ -665,6 +701,7 @@ def carry_out(whole: bool) -> list[Fault]:
         numbers = range(len(named)) if whole else [named.index(each) for each in _SHORT_DAMAGES]
         harmed = [pool.submit(try_damage, number, runs, done, world, folder) for number in numbers]
         locks = [(how, pool.submit(try_lock, how, processes, wholes[processes], world, folder)) for how in (_LOCKS if whole else _LOCKS[1:2]) for processes in ((1, 2) if whole else (1,))]
+        shared = [pool.submit(try_shared, how, world, folder) for how in (_SHARED if whole else ())]
         rows: dict[str, list[str]] = {}
         for each, future in full:
             rows.setdefault(f"the disk is full when {each.duty}" if each.left is not None else "no file more can be made on the disk, though bytes are free", []).append(future.result())
@@ -675,6 +712,8 @@ def carry_out(whole: bool) -> list[Fault]:
             rows.setdefault(f"damaged: {damaged.split(': ', 1)[-1]}", []).append(lost)
         for how, future in locks:
             rows.setdefault(f"two launches on one folder: {how}", []).append(future.result())
+        for each in shared:
+            rows.setdefault("two runs that share a cache", []).append(each.result())
     return [Fault(row, len(lost), lost.count(""), tuple(filter(None, lost))) for row, lost in rows.items()]
 
 
