@@ -435,7 +435,7 @@ def test_a_million_rows_take_well_under_a_second() -> None:
     prompts = pa.array(["a photo of a cat on a mountain, golden hour", "oil painting of the sea"] * (rows // 2))
     condition = parse("width >= 512 and width / height < 2 and style in ['photo', 'film'] and prompt contains 'cat' and not (score is none)")
     columns = {"width": sizes[0], "height": sizes[1], "prompt": prompts, "style": pa.array(["photo", "drawing"] * (rows // 2)), "score": pa.array([1.0, None] * (rows // 2))}
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: what else the machine does is not counted
     truths = condition.holds(columns, rows)
-    assert time.perf_counter() - start < 1.5, "about 0.2 s on one idle core"
+    assert time.process_time() - start < 1.5, "about 0.2 s on one idle core"
     assert truths.sum() == ((sizes[0] >= 512) & (sizes[0] / sizes[1] < 2) & (np.arange(rows) % 2 == 0)).sum()
