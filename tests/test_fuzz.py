@@ -102,7 +102,7 @@ def test_the_largest_plan_is_sound_and_what_is_written_of_it_is_read_back(there:
     plan = resolved_plan(read_plan(Path("plan.yaml")).plan)
     written = there / "written.yaml"
     written.write_text(to_yaml(plan))
-    with pytest.raises(PlanError, match=r"is larger than 256 KiB"):
+    with pytest.raises(PlanError, match=r"is larger than 128 KiB"):
         read_plan(written)
     assert read_plan(written, written_out=True).plan == plan
 

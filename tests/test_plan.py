@@ -430,7 +430,7 @@ def test_adapter_that_no_stage_trains_is_refused(field: str) -> None:
         (b"---\n", "plans/x.yaml:1:1: the plan is empty; the shortest one stands at the top of docs/plan.md"),
         (b"- a\n", f"plans/x.yaml:1:1: a plan is a mapping ({PLAN_FIELDS}); this is a list"),
         (b"name: x\nmodel: caf\xe9\n", "plans/x.yaml:2:11: byte 0xe9 is not UTF-8; save the file as UTF-8 text"),
-        (b"a" * (2**18 + 1), "plans/x.yaml: the file is larger than 256 KiB; a plan is YAML text, written by hand"),
+        (b"a" * (2**17 + 1), "plans/x.yaml: the file is larger than 128 KiB; a plan is YAML text, written by hand"),
         (b"a: " + b"[" * 100_000, "plans/x.yaml:1:53: nested more than 50 deep"),
         (b"a: &a [*a]", "plans/x.yaml:1:8: '*a' stands inside '&a' itself"),
         (b'a: "\\U99999999"', 'plans/x.yaml:1:1: an escape such as "\\U00110000" names no character'),
