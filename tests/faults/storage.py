@@ -537,7 +537,7 @@ def damages(other: Path) -> list[Damage]:
         Damage("half of metrics.jsonl is gone", "half", lambda run: cut_short(run / "metrics.jsonl"), "metrics.jsonl is", but=of_metrics),
         Damage("metrics.jsonl is gone", "half", lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is", but=of_metrics),
         Damage("metrics.jsonl is garbage", "half", lambda run: garbage(run / "metrics.jsonl"), "", but=of_metrics),
-        Damage("half of trace.jsonl is gone", "half", lambda run: cut_short(run / "trace.jsonl"), "trace.jsonl is", but=("trace.jsonl", "stages/2-refine/step-000006/state.json")),
+        Damage("half of trace.jsonl is gone", "half", lambda run: cut_short(run / "trace.jsonl"), "trace.jsonl is", but=("the trace", "stages/2-refine/step-000006/state.json")),
         Damage("a finished stage is gone", "half", lambda run: _without(run, "1-found"), "'found' was finished", True, lambda run: _without(run, "2-refine")),
         Damage("two stages are swapped", "half", _swapped, "another plan", True, _swapped),
         Damage("a checkpoint of another plan", "half", lambda run: _foreign(run, other), "another plan", True, lambda run: _without(run, "2-refine")),
