@@ -107,6 +107,11 @@ def problems_of(text: str | bytes, *flags: str) -> list[str]:
     return [str(problem) for problem in found]
 
 
+def test_a_mix_by_size_of_sources_that_are_never_repeated_is_told() -> None:
+    text = GOOD.replace("{path: data/photos}", "{path: data/photos, repeat: 0}").replace("task: edit}", "task: edit, repeat: 0}")
+    assert problems_of(text) == ["plans/x.yaml:14:10: stages[1].mix: every source has repeat: 0, so nothing would be drawn"]
+
+
 def test_good_plan_has_no_problem() -> None:
     assert problems_of(GOOD) == []
 

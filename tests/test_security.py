@@ -18,7 +18,7 @@ from faults import security
 from faults.hostile import liars, pickled
 from runs import carry_out
 from stages.checkpoint import newest_checkpoint
-from stages.families.facts import UnsuitableModel, check_parts
+from stages.families.facts import UnsuitableModel, check_named, check_parts
 from stages.hub.errors import words_of
 from stages.plan import Plan
 from stages.reader import PlanError, read_plan
@@ -129,6 +129,10 @@ def test_the_grounds_for_refusing_a_models_part_are_told() -> None:
     check_parts({"_class_name": "FluxPipeline", "vae": [None, None], "scheduler": ["diffusers", "X"], "tokenizer": ["transformers", "Y"]})
     with pytest.raises(UnsuitableModel, match=r"^has a text_encoder that is made by code of its own \('modeling_evil'\), and no code of a model is executed"):
         check_parts({"text_encoder": ["modeling_evil", "Evil"]})
+    check_named({"_class_name": "FluxPipeline", "scheduler": ["diffusers", "X"]})
+    for index, what in (({"scheduler": ["diffusers", "X"]}, "pipeline"), ({"_class_name": "FluxPipeline", "scheduler": "X"}, "scheduler"), ({"_class_name": "FluxPipeline"}, "scheduler")):
+        with pytest.raises(UnsuitableModel, match=f"^has a model_index.json that names no {what}; download the model anew"):
+            check_named(index)
 
 
 @pytest.mark.parametrize("place", ["name", "stages[0].name", "sources.x"])

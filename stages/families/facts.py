@@ -26,6 +26,14 @@ def check_parts(index: Mapping[str, object]) -> None:
             raise UnsuitableModel(f"has a {part} that is made by code of its own ({str(entry[0])[:60]!r}), and no code of a model is executed; choose a model whose parts are those of diffusers and transformers")
 
 
+def check_named(index: Mapping[str, object]) -> None:
+    """Raise UnsuitableModel if a model_index.json does not say which pipeline and which scheduler it has."""
+    scheduler = index.get("scheduler")
+    named = {"pipeline": isinstance(index.get("_class_name"), str), "scheduler": isinstance(scheduler, list | tuple) and len(scheduler) == 2}
+    if unnamed := [part for part, is_named in named.items() if not is_named]:
+        raise UnsuitableModel(f"has a model_index.json that names no {unnamed[0]}; download the model anew, or name a folder in the diffusers layout")
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """What a model's configs say of sizes."""

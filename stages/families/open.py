@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from stages.digests import file_digest
 from stages.families.base import Architecture
-from stages.families.facts import PIPELINES, UnsuitableModel, check_parts
+from stages.families.facts import PIPELINES, UnsuitableModel, check_named, check_parts
 from stages.families.family import Family
 from stages.hub.reach import hub_answers
 from stages.plan import Model
@@ -66,6 +66,7 @@ def open_family(model: str | Model, device: torch.device, digest: Callable[[Path
         is_away = not Path(settings.repo).is_dir() and not hub_answers()
         index = DiffusionPipeline.load_config(settings.repo, revision=settings.revision, local_files_only=is_away)
         check_parts(index)
+        check_named(index)
         name = str(index["_class_name"])
         if name not in PIPELINES:
             raise UnsuitableModel(f"is a {name}; Medley trains {', '.join(sorted(PIPELINES))}")

@@ -163,7 +163,6 @@ def explained(numbers: Sequence[int], world: Path) -> list[Checked]:
     from stages.explain import explain
     from stages.open_sources import open_selections
     from stages.prior import planned, priors_made
-    from stages.problems import PlanError
     from stages.reader import read_plan
 
     found = []
@@ -180,7 +179,7 @@ def explained(numbers: Sequence[int], world: Path) -> list[Checked]:
                 console = Console(file=io.StringIO(), width=200)
                 for part in explain(meant, {name: opened[name] if name in opened else planned(meant, name) for name in meant.sources}, None):
                     console.print(part)
-            except PlanError as error:
+            except ValueError as error:  # of which the command makes a PlanError
                 lost = "" if any(said in str(error) for said in _OF_DATA) else str(error)
             except Exception:  # noqa: BLE001 - what no user may see, whatever it is
                 lost = traceback.format_exc(limit=-4)
@@ -188,7 +187,7 @@ def explained(numbers: Sequence[int], world: Path) -> list[Checked]:
     return found
 
 
-_OF_DATA = ("no row of ",)
+_OF_DATA = ("no row of ", "has no rows to train on", "tokens, and a micro-batch at most", "tokens, and a step at most")
 """What only a look at the data can say."""
 
 
