@@ -103,10 +103,7 @@ def alone(folder: Path, processes: Processes, heed: Callable[[], None], say: Cal
     heed: raises Stopped, on all processes, if a signal has come. Raises OSError.
     """
     with ExitStack() as leaving:
-        lock = None
-        if processes.is_main:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = leaving.enter_context(folder.with_name(f".{folder.name}.lock").open("w"))
+        lock = leaving.enter_context(folder.with_name(f".{folder.name}.lock").open("w")) if processes.is_main else None
         is_said = False
         while not processes.gathered(lock is None or _is_taken(lock))[0]:
             if not is_said:
