@@ -130,7 +130,7 @@ def _mix(read: ReadPlan, location: Location, mix: object) -> Iterator[Problem]:
     """What is wrong with shares, by name or by size."""
     sources = read.plan.sources
     if not isinstance(mix, Mapping):
-        if not any(source.repeat for source in sources.values()):
+        if sources and not any(source.repeat for source in sources.values()):
             yield _at_value(read, location, "every source has repeat: 0, so nothing would be drawn")
         return
     unknown = [name for name in mix if name not in sources]

@@ -150,4 +150,5 @@ def test_a_run_that_needs_images_which_another_is_making_waits_for_them_and_heed
     assert ended(second) == [0, 0], log_of_second.read_text()
     assert "makes its 3 images" in " ".join(log_of_first.read_text().split())
     assert "makes its" not in log_of_second.read_text()
-    assert adapter_bytes(tmp_path / "first")
+    [made] = (tmp_path / "cache" / "prior").glob("prior-*")
+    assert len(list(made.glob("*.png"))) == 3

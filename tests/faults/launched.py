@@ -45,6 +45,6 @@ class LaunchedProcesses:
         """All that was printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def end(self, lines: int = 5) -> str:
+    def end(self) -> str:
         """The end of what was printed, in one line."""
-        return " / ".join(self.said().splitlines()[-lines:])
+        return " / ".join(self.said().splitlines()[-6:])

@@ -127,7 +127,7 @@ def once(world: Path, folder: Path, kind: str, processes: int, told: Mapping[str
     carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes, told)
     codes = carried_out(killed, asked, NumberFault(kind, rank, AT, kill_after=AT + 2), processes, told)
     _must(codes == [0] * processes, f"went on and ended in {codes}", killed)
-    ends = [{file.name: file.read_bytes() for file in _tensor_files(each)} for each in (killed, whole)]
+    ends = [{file.name: file.read_bytes() for file in (*_tensor_files(each), *(each / "run").glob("adapter/*.safetensors"))} for each in (killed, whole)]
     _must(ends[0] == ends[1], "killed and gone on with, it ends in other bytes", killed)
 
 

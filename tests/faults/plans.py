@@ -187,7 +187,7 @@ def explained(numbers: Sequence[int], world: Path) -> list[Checked]:
     return found
 
 
-_OF_DATA = ("no row of ", "has no rows to train on", "tokens, and a micro-batch at most", "tokens, and a step at most")
+_OF_DATA = ("no row of ", "tokens, and a micro-batch at most")
 """What only a look at the data can say."""
 
 
