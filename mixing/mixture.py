@@ -120,20 +120,34 @@ class StageMixture(Dataset[list[_Read]]):
         whole: dict[str, Fraction] = {}
         for cell, _, _ in made:
             whole[cell.source] = whole.get(cell.source, Fraction(0)) + cell.weight
-        within = [cell.weight / whole[cell.source] for cell, _, _ in made]
-        segments = [(first, [part[cell.source] * own for (cell, _, _), own in zip(made, within, strict=True)]) for first, part in parts]
-        self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, segments, grows=is_changing)
+        self._within = [(cell.source, cell.weight / whole[cell.source]) for cell, _, _ in made]
+        self.order = Order(seed, stage, [cell for cell, _, _ in made], budget, [(first, self._weights(part)) for first, part in parts], grows=is_changing)
         self.signatures = tuple(signature for _, _, signature in made)
         """Of each cell."""
-        self.asked = self.order.asked(budget.steps)
-        """Source to the share of the stage's images that it is asked for."""
+        self.sources = tuple(whole)
+        """Those that are drawn at some time."""
         self._classes = tuple(row_class for _, row_class, _ in made)
         self._rows = tuple(selections[cell.source].training[row_class] for cell, row_class, _ in made)
+
+    def _weights(self, shares: Mapping[str, Fraction]) -> list[Fraction]:
+        """Of each cell, from those of the sources."""
+        return [shares[source] * own for source, own in self._within]
+
+    def changed(self, step: int, shares: Mapping[str, Fraction]) -> StageMixture:
+        """The same stage, of one whose mix is `Changing`, with other shares of its sources from a step on at which they may change."""
+        mixture = copy(self)
+        mixture.order = self.order.changed(step, self._weights(shares))
+        return mixture
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """Source to the share of the stage's images that it is asked for."""
+        return self.order.asked(self.budget.steps)
 
     @property
     def streams(self) -> dict[str, Selection]:
         """The sources that are read one row after another."""
-        return {name: self.selections[name] for name in self.asked if self.selections[name].stream is not None}
+        return {name: self.selections[name] for name in self.sources if self.selections[name].stream is not None}
 
     def check_processes(self, first_step: int, processes: int) -> None:
         """Raise TooFewImages, before anything is read, if a step from this one on has too few images for so many processes, those counted that one alone can read."""

@@ -13,6 +13,7 @@ the next step: nothing is dropped, and nothing is waited for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -127,55 +128,82 @@ class Order:
         self._group_of = np.asarray([numbers[cell.source, cell.group] for cell in cells], dtype=np.int64)
         self._drawn_before = np.zeros(len(numbers), dtype=np.int64)
         self._drawn_before[self._group_of] = [cell.drawn_before for cell in cells]
-        self._segments: list[_Segment] = []
-        self._lay_out([(first, list(weights)) for first, weights in segments] or [(0, [cell.weight for cell in cells])], grows=grows)
-
-    def _lay_out(self, asked: Sequence[tuple[int, Sequence[Fraction]]], *, grows: bool) -> None:
-        """Segment after segment: what one has given too much or too little the next one makes good, so that errors do not add up."""
+        asked = [(first, tuple(weights)) for first, weights in segments] or [(0, tuple(cell.weight for cell in cells))]
         assert asked[0][0] == 0
         self._first_steps = np.asarray([first for first, _ in asked], dtype=np.int64)
-        shares = [[weight / sum(weights) for weight in weights] for _, weights in asked]
-        mean = shares[0] if grows else [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
-        # Sources share micro-batches, or each has its own: whichever keeps the shares closer. With one signature that is sharing them. A level may be off
-        # by a few images more than a source, for nothing else is told by its share.
-        tried = [_Trees(self.cells, mean, self.budget, how) for how in ("together", "sources apart", "levels apart")]
-        trees = min(tried, key=lambda trees: max(trees.off.values()) + max(trees.levels_off.values()) / 4)
-        self._names, self._members, self._micro, self._units = trees.names, trees.members, trees.micro, trees.units
+        self._weights = [weights for _, weights in asked]
+        self._trees = self._chosen(self._weights[:1] if grows else self._weights)
+        self._names, self._members, self._micro, self._units = (trees := self._trees).names, trees.members, trees.micro, trees.units
         self.off = {name: off * (3 if grows else 2 if len(asked) > 1 else 1) for name, off in trees.off.items()}
         size = self._micro * self._units
-        self._reach = int(min(4, max(1, min(self.budget.first, self.budget.last) // size.max() - 1))) if self.budget.unit == "tokens" else 1
-        units = self._units[trees.number_of]
-        drawn, due, images = np.zeros(len(self.cells), dtype=np.int64), [Fraction(0)] * len(self.cells), 0
-        for number, ((first, _), share) in enumerate(zip(asked, shares, strict=True)):
-            end = asked[number + 1][0] if number + 1 < len(asked) else self.budget.steps
-            length = int(self.budget.edges(np.asarray(end)) - self.budget.edges(np.asarray(first)))
-            expected = Fraction(length) / sum((part * int(unit) for part, unit in zip(share, units, strict=True)), Fraction(0))
-            wanted = [max(part * expected + owed - int(given), part * expected / 1000) for part, owed, given in zip(share, due, drawn, strict=True)]
-            self._segments.append(_Segment(first, images, share, drawn, *trees.quotas(wanted if number else share), size))
-            if end < self.budget.steps:
-                drawn = self.counts(np.asarray(end))
-                due = [owed + part * (int(drawn.sum()) - images) for owed, part in zip(due, share, strict=True)]
-                images = int(drawn.sum())
+        self._reach = int(min(4, max(1, min(budget.first, budget.last) // size.max() - 1))) if budget.unit == "tokens" else 1
+        self._laid_out: dict[int, _Segment] = {}
+        """Those that were asked for, by number. Two threads that lay out the same one make the same."""
+
+    def _chosen(self, weights: Sequence[Sequence[Fraction]]) -> _Trees:
+        """Sources share micro-batches, or each has its own: whichever keeps the shares closer. With one signature that is sharing them."""
+        shares = [_normalised(each) for each in weights]
+        mean = [sum(parts, Fraction(0)) for parts in zip(*shares, strict=True)]
+        tried = [_Trees(self.cells, mean, self.budget, how) for how in ("together", "sources apart", "levels apart")]
+        # A level may be off by a few images more than a source, for nothing else is told by its share.
+        return min(tried, key=lambda trees: max(trees.off.values()) + max(trees.levels_off.values()) / 4)
+
+    def changed(self, step: int, weights: Sequence[Fraction]) -> Order:
+        """The same order, of one that grows, up to a step that a segment begins at; from there on with other weights of the cells. What stands in front is shared, not worked out again."""
+        place = int(np.searchsorted(self._first_steps, step))
+        assert self._first_steps[place] == step > 0
+        changed = copy(self)
+        changed._weights = [*self._weights[:place], *[tuple(weights)] * (len(self._weights) - place)]
+        changed._laid_out = {number: segment for number, segment in self._laid_out.items() if number < place}
+        return changed
+
+    def _segment(self, number: int) -> _Segment:
+        """A segment, laid out when it is first asked for, and before it those in front of it: what one has given too much or too little the next one makes good, so that errors do not add up."""
+        if (segment := self._laid_out.get(number)) is not None:
+            return segment
+        first = number
+        while first and first - 1 not in self._laid_out:
+            first -= 1
+        for each in range(first, number + 1):
+            self._laid_out[each] = segment = self._after(self._laid_out[each - 1] if each else None, each)
+        assert segment is not None
+        return segment
+
+    def _after(self, last: _Segment | None, number: int) -> _Segment:
+        """The segment with a number, which is 0 or comes after the last one."""
+        first, share = int(self._first_steps[number]), _normalised(self._weights[number])
+        if last is None:
+            drawn, due = np.zeros(len(self.cells), dtype=np.int64), tuple([Fraction(0)] * len(self.cells))
+        else:
+            drawn = self.counts(np.asarray(first))
+            due = last.asked_after(int(drawn.sum()))
+        end = int(self._first_steps[number + 1]) if number + 1 < len(self._first_steps) else self.budget.steps
+        length = int(self.budget.edges(np.asarray(end)) - self.budget.edges(np.asarray(first)))
+        expected = Fraction(length) / sum((part * int(unit) for part, unit in zip(share, self._units[self._trees.number_of], strict=True)), Fraction(0))
+        wanted = [max(part * expected + owed - int(given), part * expected / 1000) for part, owed, given in zip(share, due, drawn, strict=True)]
+        return _Segment(first, int(drawn.sum()), share, due, drawn, *self._trees.quotas(wanted if number else share), self._micro * self._units)
 
     def _segment_at(self, steps: Integers) -> Integers:
         """Which segment steps, or the edges before them, belong to; an edge between two belongs to the earlier."""
         return np.maximum(np.searchsorted(self._first_steps, steps, side="left") - 1, 0)
+
+    def _segment_of(self, step: int) -> _Segment:
+        """The segment of `_segment_at`, of one step."""
+        return self._segment(int(self._segment_at(np.asarray(step))))
 
     def asked(self, steps: int) -> dict[str, float]:
         """The share of each source that was asked for over the first `steps` steps of the stage, counted in images; of the first one's if that is 0."""
         steps = max(steps, 1)
         total = int(self.counts(np.asarray(steps)).sum())
         shares = dict.fromkeys((cell.source for cell in self.cells), Fraction(0))
-        begun = [segment for segment in self._segments if segment.first_step < steps]
-        for segment, until in zip(begun, [*(segment.images_before for segment in begun[1:]), total], strict=True):
-            for cell, part in zip(self.cells, segment.shares, strict=True):
-                shares[cell.source] += part * (until - segment.images_before)
+        for cell, images in zip(self.cells, self._segment_of(steps).asked_after(total), strict=True):
+            shares[cell.source] += images
         return {name: float(share / total) for name, share in shares.items()}
 
     def asked_at(self, step: int) -> dict[str, float]:
         """The share of each source that is asked for in one step."""
         shares = dict.fromkeys((cell.source for cell in self.cells), Fraction(0))
-        for cell, part in zip(self.cells, self._segments[int(self._segment_at(np.asarray(step + 1)))].shares, strict=True):
+        for cell, part in zip(self.cells, self._segment_of(step + 1).shares, strict=True):
             shares[cell.source] += part
         return {name: float(share) for name, share in shares.items()}
 
@@ -185,7 +213,7 @@ class Order:
         counts = np.empty((flat.size, len(self.cells)), dtype=np.int64)
         number = self._segment_at(flat)
         for which in np.unique(number):
-            segment, here = self._segments[which], number == which
+            segment, here = self._segment(int(which)), number == which
             counts[here] = self._cell_counts(segment, self._images(segment, self._edges(segment, flat[here])))
         return counts.reshape(*steps.shape, len(self.cells))
 
@@ -196,9 +224,9 @@ class Order:
 
     def steps(self, first: int, number: int) -> Drawn:
         """What stands in steps first ... first + number - 1."""
-        borders = [segment.first_step for segment in self._segments if first < segment.first_step < first + number]
-        edges = [first, *borders, first + number]
-        parts = [self._steps(self._segments[int(self._segment_at(np.asarray(start + 1)))], start, end - start) for start, end in pairwise(edges)]
+        borders = self._first_steps[np.searchsorted(self._first_steps, first, side="right") : np.searchsorted(self._first_steps, first + number)]
+        edges = [first, *borders.tolist(), first + number]
+        parts = [self._steps(self._segment_of(start + 1), start, end - start) for start, end in pairwise(edges)]
         if len(parts) == 1:
             return parts[0]
         before = np.cumsum([0, *(part.starts[-1] for part in parts[:-1])])
@@ -375,14 +403,34 @@ class _Trees:
 class _Segment:
     """A run of steps with one set of weights."""
 
-    def __init__(self, first_step: int, images_before: int, shares: Sequence[Fraction], drawn_before: Integers, signatures: Quota, cells: list[Quota], size: Integers) -> None:
-        self.first_step, self.images_before, self.shares, self.drawn_before = first_step, images_before, shares, drawn_before
+    def __init__(
+        self,
+        first_step: int,
+        images_before: int,
+        shares: Sequence[Fraction],
+        asked_before: Sequence[Fraction],
+        drawn_before: Integers,
+        signatures: Quota,
+        cells: list[Quota],
+        size: Integers,
+    ) -> None:
+        self.first_step, self.images_before, self.shares = first_step, images_before, shares
+        self.asked_before, self.drawn_before = asked_before, drawn_before
         self.signatures, self.cells = signatures, cells
         weights = np.asarray(signatures.weights, dtype=np.float64)
         self.mean_units = float(weights @ size / weights.sum())
         """Images or tokens of a micro-batch."""
         self.slack = int(value_bounds(signatures.tree, weights, size[:, None].astype(np.float64))[0] / self.mean_units) + 2
         """How many micro-batches the line can be ahead of, or behind, the mean."""
+
+    def asked_after(self, images: int) -> tuple[Fraction, ...]:
+        """Images of each cell that were asked for in the stage when it has given so many, the last of them here."""
+        return tuple(asked + part * (images - self.images_before) for asked, part in zip(self.asked_before, self.shares, strict=True))
+
+
+def _normalised(weights: Sequence[Fraction]) -> list[Fraction]:
+    whole = sum(weights, Fraction(0))
+    return [weight / whole for weight in weights]
 
 
 def _whole(weights: Sequence[Fraction]) -> list[int]:

@@ -6,11 +6,8 @@ import time
 
 from rich.table import Table
 
-from stages.encode import kept_latents
 from stages.evaluate import evaluate
 from stages.evaluations import rows_file, thin_out
-from stages.feed import stage_mixture
-from stages.follower import changes_every
 from stages.leg import Leg
 from stages.measured import Measured
 from stages.resolved import resolved_rate
@@ -82,13 +79,4 @@ def _follow(leg: Leg, measured: Measured) -> None:
         return
     moved = ", ".join(f"{name} {before[name]:.1%} -> {share:.1%}" for name, share in shares.items())
     run.log.say(f"  shares from here on: {moved} ({decision.why})")
-    leg.mixture = stage_mixture(
-        stage,
-        run.selections,
-        run.sizes,
-        seed=run.plan.seed,
-        drawn_before=run.drawn_before(),
-        latents=kept_latents(run.family),
-        changes=leg.follower.changes,
-        every=changes_every(run.plan, stage),
-    )
+    leg.mixture = leg.mixture.changed(leg.step, decision.shares)

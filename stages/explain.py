@@ -95,7 +95,7 @@ def explain(plan: Plan, selections: Mapping[str, Selection], model: ModelFacts |
     for index, stage in enumerate(plan.stages):
         mixture = stage_mixture(stage, selections, model.sizes if model else UNKNOWN_SIZES, seed=plan.seed, drawn_before=drawn)
         drawn |= mixture.order.drawn_after(stage.steps)
-        images = Counter(dict.fromkeys(mixture.asked, 0))
+        images = Counter(dict.fromkeys(mixture.sources, 0))
         for cell, count in zip(mixture.order.cells, mixture.order.counts(np.asarray(stage.steps)).tolist(), strict=True):
             images[cell.source] += count
         total.update(images)
@@ -288,7 +288,7 @@ def _buckets(mixture: StageMixture, *, knows_tokens: bool) -> Table | Text:
         return Text(f"every image is {next(iter(counted))[1]} pixels", style="dim")
     tokens = {(cell.level, signature): cell.tokens for cell, signature in zip(mixture.order.cells, mixture.signatures, strict=True)}
     # A column for each source; of many that would not fit, only how many rows a bucket has, and from how many sources.
-    names = list(mixture.asked)
+    names = list(mixture.sources)
     narrow = len(names) > _MOST_COLUMNS
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("bucket", no_wrap=True)

@@ -22,7 +22,7 @@ from stages.disk import sync
 from stages.handoff import build_model, carried, probe, probe_batches, read_baton
 from stages.hub.start import began_from
 from stages.layouts import ADAPTER_FILE, SECOND_FILE
-from stages.model_mark import model_mark, write_model_mark
+from stages.model_mark import is_made_from, write_model_mark
 from stages.objectives.windows import METADATA_KEY, write
 from stages.peft_layout import WEIGHTS_FILE
 from stages.plan import Stage
@@ -65,7 +65,7 @@ def _publish(run: Run, index: int) -> None:
     checkpoint, stage = run.last, run.plan.stages[index]
     assert checkpoint is not None
     model_folder = run.folder / "model"
-    if run.baton.base is not None and model_mark(model_folder) != _base_mark(run.baton.base, checkpoint):
+    if run.baton.base is not None and not is_made_from(model_folder, _base_mark(run.baton.base, checkpoint)):
         transformer = run.family.load_transformer(torch.float32, run.baton.base, stage.expert)
         if stage.train == "full" and checkpoint.has("ema"):
             transformer.load_state_dict(checkpoint.tensors("ema"), strict=False)
@@ -163,7 +163,7 @@ def _trained(run: Run, index: int, batches: Mapping[str, MicroBatch]) -> Trained
 def is_published(folder: Path, checkpoint: Checkpoint) -> bool:
     """Whether what a run folder has published is this checkpoint's adapter, or the model of a run that has none."""
     if not checkpoint.has("adapter"):
-        return checkpoint.has("transformer") and model_mark(folder / "model") == _base_mark(checkpoint.file("transformer"), checkpoint)
+        return checkpoint.has("transformer") and is_made_from(folder / "model", _base_mark(checkpoint.file("transformer"), checkpoint))
     names = (ADAPTER_FILE, SECOND_FILE, WEIGHTS_FILE)  # which of them there are is the family's affair, and it is not open yet
     published = next((file for name in names if (file := folder / "adapter" / name).exists()), None)
     if published is None or not is_as_published(folder / "adapter"):

@@ -5,6 +5,7 @@ Every stage builds its model anew from disk, so starting, handing on and resumin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from stages.storage import load_stored, stored
 _PROBED_T = (0.1, 0.5, 0.9)
 _PROBED_ROWS = 4
 EXACT = 1e-4
+"""What a hand-off that changes nothing may change of the function, relative to what was learnt: rounding, where one machine computes both."""
+_ELSEWHERE = 1e-4  # of the outputs themselves in fp32: another machine, device or version of torch multiplies in another order
 MERGED = "base"
 """The folder, in a stage's, that holds the base which the adapter was folded into."""
 
@@ -217,14 +220,27 @@ def probed_names(outputs: Mapping[str, Tensor]) -> set[str]:
 
 def deltas(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:
     """|new - old| / |old - base| at each probed t, over the inputs that all three have seen: the change at a handoff relative to all that was learnt so far."""
-    change: dict[str, float] = {}
-    for value in _PROBED_T:
-        names = [name for name in old if name.endswith(f" {value}") and name in new and name in base]
-        if names:
-            changed = sum(float((new[name] - old[name]).double().square().sum()) for name in names) ** 0.5
-            learnt = sum(float((old[name] - base[name]).double().square().sum()) for name in names) ** 0.5
-            change[str(value)] = changed / learnt if learnt else changed
-    return change
+    norms = {value: (_norm(new, old, names), _norm(old, base, names)) for value, names in _probed(new, old, base)}
+    return {value: changed / learnt if learnt else changed for value, (changed, learnt) in norms.items()}
+
+
+def exact_within(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[str, Tensor], *, same_launch: bool) -> dict[str, float]:
+    """What `deltas` may at most be at each t where nothing may change the function. same_launch: whether it computed both outputs; another may have run on another machine."""
+    if same_launch:
+        return {value: EXACT for value, _ in _probed(new, old, base)}
+    norms = {value: (_norm(old, {}, names), _norm(old, base, names)) for value, names in _probed(new, old, base)}
+    return {value: max(EXACT, _ELSEWHERE * (size / learnt if learnt else size)) for value, (size, learnt) in norms.items()}
+
+
+def _probed(new: Mapping[str, Tensor], old: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[tuple[str, list[str]]]:
+    """Each probed t for which there are outputs of all three, and their names."""
+    of_value = {str(value): [name for name in old if name.endswith(f" {value}") and name in new and name in base] for value in _PROBED_T}
+    return [(value, names) for value, names in of_value.items() if names]
+
+
+def _norm(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """Of all outputs of these names together; less the other's, where it has them."""
+    return math.sqrt(sum(float((one[name] - other[name] if name in other else one[name]).double().square().sum()) for name in names))
 
 
 def cause_of_change(before: Stage, after: Stage) -> str | None:

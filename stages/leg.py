@@ -214,7 +214,7 @@ class Leg:
         window.parts.append(CountedPart(sources, part.t, errors, losses))
         self.weighed.count(batch, rows, losses)
         if len(window.parts) >= MOST_PARTS:
-            window.sum_up(list(self.mixture.asked), errors.device)
+            window.sum_up(list(self.mixture.sources), errors.device)
 
     def count(self, batch: MicroBatch) -> None:
         """Count what a micro-batch held."""

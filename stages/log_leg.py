@@ -20,7 +20,7 @@ from stages.window import Window
 
 def log_leg(leg: Leg, learning_rate: float) -> None:
     """Write and show a line. Every process takes part. Images whose losses are no numbers are left out of its means; where all are, it says none."""
-    run, stage, window, names = leg.run, leg.stage, leg.window, list(leg.mixture.asked)
+    run, stage, window, names = leg.run, leg.stage, leg.window, list(leg.mixture.sources)
     device = run.accelerator.device
     sums = window.sum_up(names, device)
     counts = torch.tensor([window.tokens, *(window.images.get(name, 0) for name in names), *(leg.images.get(name, 0) for name in names)], dtype=torch.float64)

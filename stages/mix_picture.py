@@ -65,7 +65,7 @@ def mix_picture(plan: Plan, *, stages: Sequence[str] = (), images: int = 240) ->
     for row, (stage, mixture) in zip(rows, chosen, strict=True):
         row.suptitle(f"{stage.name}: {stage.steps:,} steps, {mixture.images_before(stage.steps):,} images", fontsize=11, x=0.01, ha="left", fontweight="bold")
         panels = row.subplot_mosaic([["first", "first"], ["off", "epochs"]], height_ratios=[0.9, 1.4])
-        names = list(mixture.asked)
+        names = list(mixture.sources)
         _draw_first(panels["first"], mixture, names, colours, images)
         _draw_off(panels["off"], mixture, names, colours, plan.seed)
         _draw_epochs(panels["epochs"], mixture, names, colours)
@@ -97,7 +97,7 @@ def stage_mixtures(plan: Plan) -> list[StageMixture]:
 def counted(mixture: StageMixture, steps: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     """Images of each source that a stage has drawn after so many steps, each shaped as `steps`."""
     counts = mixture.order.counts(steps)
-    sums = {name: np.zeros(steps.shape, dtype=np.int64) for name in mixture.asked}
+    sums = {name: np.zeros(steps.shape, dtype=np.int64) for name in mixture.sources}
     for number, cell in enumerate(mixture.order.cells):
         sums[cell.source] += counts[..., number]
     return sums

@@ -22,7 +22,7 @@ from stages.explain import byte_words
 from stages.feed import stage_mixture
 from stages.follower import changes_every, changes_of, open_follower
 from stages.guard import Guard
-from stages.handoff import EXACT, MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, probed_names, stage_changes
+from stages.handoff import MERGED, Baton, HandedOn, build_model, carried, cause_of_change, deltas, exact_within, hand_on, probe, probe_batches, probed_names, stage_changes
 from stages.leg import Leg, TrainingError
 from stages.measured import Measured
 from stages.memory import EncoderRest, let_go, restart_peak
@@ -275,8 +275,11 @@ def measure_handoff(leg: Leg, kept: list[str], base_outputs: Mapping[str, Tensor
         return
     largest = max(delta.values())
     run.log.say(f"  handed on from '{before.name}': {', '.join(kept)}; the function changed by {largest:.1e} of what was learnt" + (f" ({cause})" if cause else ""))
-    if cause is None and leg.stage.precision == "fp32" and not largest <= EXACT:
-        raise TrainingError(f"handoff from '{before.name}' to '{leg.stage.name}': the function changed by {largest:.2e} of what was learnt, and nothing in the plan changes it (at most {EXACT:g})")
+    if cause is not None or leg.stage.precision != "fp32":
+        return
+    for t, most in exact_within(outputs, old, base, same_launch=run.last_is_new).items():
+        if not delta[t] <= most:
+            raise TrainingError(f"handoff from '{before.name}' to '{leg.stage.name}': the function changed by {delta[t]:.2e} of what was learnt at t = {t}, and nothing in the plan changes it (at most {most:.2g})")
 
 
 def _trains(leg: Leg) -> str:

@@ -75,6 +75,8 @@ class Run:
     """What is written into the run's folder goes through it, on the main process."""
     baton: Baton = field(default_factory=lambda: Baton(None, None, "the model"))
     last: Checkpoint | None = None
+    last_is_new: bool = False
+    """Whether this launch made it; if not, another machine may have."""
     """The last checkpoint of the stage before this one."""
     cache: Cache | None = None
     """What is encoded once and kept, once the family is open."""
@@ -153,8 +155,10 @@ class Run:
 
     def baton_from(self, checkpoint: Checkpoint) -> None:
         """Take over what a stage's last checkpoint hands on."""
+        index = int(checkpoint.state["index"])
         self.last, self.baton = checkpoint, read_baton(checkpoint)
-        self.checkpoints[int(checkpoint.state["index"])] = checkpoint
+        self.last_is_new = checkpoint is not self.checkpoints[index]
+        self.checkpoints[index] = checkpoint
 
     @property
     def versions(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ def save_leg(leg: Leg, *, finished: bool = False, probed: dict[str, Tensor] | No
     """
     run, stage = leg.run, leg.stage
     refuse_ruin(leg)
-    names = list(leg.mixture.asked)
+    names = list(leg.mixture.sources)
     counted = leg.summed([*(leg.images.get(name, 0) for name in names), *(leg.tokens.get(name, 0) for name in names), *leg.levels])
     lanes = leg.lanes.states(leg.mixture, leg.step)
     if run.accelerator.num_processes > 1 and leg.lanes.readers:

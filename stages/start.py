@@ -17,7 +17,7 @@ from stages.checkpoint import newest_checkpoint
 from stages.formats import FormatError
 from stages.handoff import Baton, read_baton
 from stages.layouts import ADAPTER_FILE
-from stages.model_mark import model_mark
+from stages.model_mark import is_made_from
 from stages.pairs import joined, layers_of, rescaled
 from stages.peft_layout import CONFIG_FILE, WEIGHTS_FILE
 from stages.placed import DEFAULT, placed_adapters, scale_of
@@ -103,7 +103,7 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
     if "medley.base" in notes:  # its run trained the model's own weights first
         if not _stands_on(plan.model, notes, fingerprint):
             raise ValueError(
-                f"start: {file} belongs to the weights that its run had trained before it, and the plan's model has others; begin from the run's folder, or write `model:` with the trained model that the run published beside it"
+                f"start: {file} belongs to the weights that its run had trained before it, and the plan's model has others, or is damaged; begin from the run's folder, or write `model:` with the trained model that the run published beside it"
             )
     elif notes.get("medley.model", fingerprint) != fingerprint:
         raise ValueError(f"start: {file} was trained on another model than the plan's")
@@ -135,7 +135,7 @@ def _from_file(plan: Plan, file: Path, fingerprint: str) -> Baton:
 def _stands_on(model: str | Model, notes: Mapping[str, str], fingerprint: str) -> bool:
     """Whether the plan's model is the one that a run trained and published, of whose adapter these are the notes. Of a model on the Hub only that it is not the untrained one."""
     folder = Path(model.repo if isinstance(model, Model) else model)
-    return model_mark(folder) == notes["medley.base"] if folder.is_dir() else fingerprint != notes.get("medley.model")
+    return is_made_from(folder, notes["medley.base"]) if folder.is_dir() else fingerprint != notes.get("medley.model")
 
 
 def _plain(name: str) -> str:

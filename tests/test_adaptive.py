@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixing import order as order_module
 from mixing.adaptive import Decision, Following, Rule, Seen, exact, follow, projected
 from mixing.order import Budget, Cell, Order
 from runs import adapter_bytes, carry_out, copy_run, events, make_world, plan_of, traced, write_plan
@@ -151,10 +152,25 @@ def test_change_of_shares_moves_nothing_that_was_drawn_before_and_keeps_what_is_
             after = Order(1, "stage", cells, budget, segments, grows=True)
             old, new = before.steps(0, border), after.steps(0, border)
             assert all(np.array_equal(getattr(old, part), getattr(new, part)) for part in ("starts", "micro", "cell", "draw"))
+            whole, changed = after.steps(0, steps), before.changed(border, weights(shares)).steps(0, steps)
+            assert all(np.array_equal(getattr(whole, part), getattr(changed, part)) for part in ("starts", "micro", "cell", "draw"))
         counts = after.counts(np.arange(steps + 1))
         for step in range(1, steps + 1):
             asked, total = after.asked(step), counts[step].sum()
             assert all(abs(counts[step][place] - asked[name] * total) <= after.off[name] for place, name in enumerate(names))
+
+
+def test_change_of_shares_lays_out_what_comes_next_and_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out = []
+    quotas = order_module._Trees.quotas
+    monkeypatch.setattr(order_module._Trees, "quotas", lambda trees, weights: laid_out.append(weights) or quotas(trees, weights))
+    cells = [Cell(name, "rows", "0", 50, Fraction(1, 2), 2, 16) for name in ("a", "b")]
+    order = Order(1, "stage", cells, Budget("images", 8, 8, 10_000), [(step, [Fraction(1), Fraction(1)]) for step in range(0, 10_000, 2)], grows=True)
+    for step in range(2, 200, 2):
+        order.steps(step - 2, 2)
+        order = order.changed(step, [Fraction(step), Fraction(1)])
+        order.asked(step + 2)
+    assert len(laid_out) == 100
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from stages.checkpoint import read_checkpoint
 from stages.explain import explain, show
 from stages.families.family import Family
 from stages.families.flux import Flux
-from stages.handoff import EXACT, Baton, build_model, carried, cause_of_change, deltas, hand_on, probe, probe_batches, read_baton
+from stages.handoff import EXACT, Baton, build_model, carried, cause_of_change, deltas, exact_within, hand_on, probe, probe_batches, read_baton
 from stages.layouts import ADAPTER_FILE, write_adapter
 from stages.leg import Leg
 from stages.pairs import grown, joined, layers_of, merged, pair, ranks_of, shrunk
@@ -182,6 +182,19 @@ def test_an_exact_handoff_leaves_the_function_as_it_is(family: Family, batches: 
     assert max(delta.values()) <= EXACT
     assert not errors
     assert cause_of_change(plan.stages[0], plan.stages[1]) is None
+
+
+def test_what_another_machine_computed_may_be_rounded_otherwise_but_is_no_other_function(family: Family, batches: dict[str, MicroBatch]) -> None:
+    """An adapter that has learnt a thousandth of the outputs: rounding elsewhere is 1e-5 of them, and a hundredth of what was learnt."""
+    base = outputs(family, family.load_transformer(torch.float32, None), batches)
+    old = {name: value * 1.001 for name, value in base.items()}
+    elsewhere = {name: value * (1 + 1e-5) for name, value in old.items()}
+    for new, is_exact in ((old, True), (elsewhere, True), (base, False)):
+        within = exact_within(new, old, base, same_launch=False)
+        assert all(change <= within[t] for t, change in deltas(new, old, base).items()) == is_exact
+    assert not any(change <= EXACT for change in deltas(elsewhere, old, base).values())
+    assert set(exact_within(elsewhere, old, base, same_launch=True).values()) == {EXACT}
+    assert list(exact_within(old, {name: 2 * value for name, value in base.items()}, base, same_launch=False).values()) == pytest.approx([2e-4] * 3)
 
 
 def test_a_grown_adapters_scale_is_the_old_one_unless_its_alpha_is_given() -> None:

@@ -29,7 +29,7 @@ from stages.evaluation_size import Size
 from stages.going_on import check_finished
 from stages.log_files import BEGINNING, Place
 from stages.measured import Measured
-from stages.model_mark import model_mark, write_model_mark
+from stages.model_mark import is_made_from, write_model_mark
 from stages.open_run import _locked
 from stages.plan import Plan, Stage
 from stages.problems import PlanError, RunError
@@ -318,16 +318,31 @@ def test_a_published_adapter_is_as_published_until_its_weights_are_touched(tmp_p
     assert not is_as_published(tmp_path)
 
 
-def test_a_published_model_whose_weights_are_cut_short_has_no_mark(tmp_path: Path) -> None:
+def test_a_published_model_is_told_by_its_mark_and_the_hashes_of_its_weights(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     file = tmp_path / "transformer" / "a.safetensors"
     file.write_bytes(b"weights")
     write_model_mark(tmp_path, "abc")
-    assert model_mark(tmp_path) == "abc"
-    file.write_bytes(b"weight")
-    assert model_mark(tmp_path) is None
+    assert is_made_from(tmp_path, "abc")
+    assert not is_made_from(tmp_path, "abd")
+    for damaged in (b"weight", b"weighty"):
+        file.write_bytes(damaged)
+        assert not is_made_from(tmp_path, "abc")
     file.unlink()
-    assert model_mark(tmp_path) is None
+    assert not is_made_from(tmp_path, "abc")
+
+
+def test_a_model_that_a_former_version_published_is_told_by_the_lengths_that_it_wrote(tmp_path: Path) -> None:
+    file, mark = tmp_path / "a.safetensors", tmp_path / "medley.json"
+    file.write_bytes(b"weights")
+    mark.write_text(json.dumps({"checkpoint": "abc", "bytes": {"a.safetensors": 7}}))
+    assert is_made_from(tmp_path, "abc")
+    file.write_bytes(b"weight")
+    assert not is_made_from(tmp_path, "abc")
+    mark.write_text(json.dumps({"checkpoint": "abc"}))
+    assert is_made_from(tmp_path, "abc")
+    mark.write_text("{")
+    assert not is_made_from(tmp_path, "abc")
 
 
 # --- finished stages --------------------------------------------------------------------------------------------------------------------

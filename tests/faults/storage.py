@@ -2,7 +2,7 @@
 
     cd tests && ../.venv/bin/python -m faults.storage --whole
 
-A disk is a small tmpfs of its own (which needs root; where none can be mounted, that is a fault that was lost, and said). It is filled, up to so many bytes, when a run comes to a duty for the n-th time.
+A disk is a small tmpfs of its own. Mounting it needs root, or a kernel that lets a user be root in a namespace; where none can be mounted, that is a fault that was lost, and said. It is filled, up to so many bytes, when a run comes to a duty for the n-th time.
 A run whose disk was full is lost unless it says so, leaves the last checkpoint whole, goes on once there is room, or, stopped meanwhile, by the same command, and ends in what the undisturbed run left, byte
 for byte but for what a clock decides. A damaged run folder is lost unless what is damaged is named, and the run ends the same, or refuses with what to do; a traceback is always a loss.
 """
@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -551,6 +552,7 @@ def damages(other: Path) -> list[Damage]:
         Damage("the adapter folder is empty", "done", lambda run: (shutil.rmtree(run / "adapter"), (run / "adapter").mkdir()), ""),
         Damage("the adapter is a file", "done", lambda run: (shutil.rmtree(run / "adapter"), (run / "adapter").write_text("a file")), ""),
         Damage("half of the published model's weights", "done", lambda run: cut_short(run / "model" / "transformer" / "diffusion_pytorch_model.safetensors"), ""),
+        Damage("a flipped bit in the published model's weights", "done", lambda run: flip(run / "model" / "transformer" / "diffusion_pytorch_model.safetensors"), ""),
         Damage("the published model's mark is garbage", "done", lambda run: garbage(run / "model" / "medley.json"), ""),
     ]
 
@@ -738,5 +740,11 @@ def _or_said(carry_out_one: Callable[..., str], *arguments: Any) -> str:
         return f"not tried: a disk of its own needs root ({error})"
 
 
+_AS_ROOT = ("unshare", "--user", "--map-root-user", "--mount")
+"""Runs a command as root of a namespace of its own, where it may mount."""
+
+
 if __name__ == "__main__":
+    if os.geteuid() and shutil.which(_AS_ROOT[0]) and subprocess.run([*_AS_ROOT, "true"], capture_output=True, check=False).returncode == 0:
+        os.execvp(_AS_ROOT[0], [*_AS_ROOT, sys.executable, "-m", "faults.storage", *sys.argv[1:]])
     sys.exit(main("storage", __doc__, carry_out))
