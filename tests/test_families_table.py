@@ -58,6 +58,7 @@ def test_nothing_in_the_table_failed_or_was_proved_by_no_test() -> None:
             assert number == "-" if not applies(claim, pipeline) else int(number) > 0, f"{pipeline}: {claim.column}: {row[claim.column]}; run `make families`"
 
 
+@pytest.fixture(scope="module")
 def functions() -> list[Case]:
     """Every test function of the files that the table is made from, without parameters."""
     found = []
@@ -69,11 +70,11 @@ def functions() -> list[Case]:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.column)
-def test_every_column_has_a_test_of_every_family_that_it_applies_to(claim: Claim) -> None:
+def test_every_column_has_a_test_of_every_family_that_it_applies_to(claim: Claim, functions: list[Case]) -> None:
     of_all = claim.modules in ("test_family_runs", "test_comfyui")  # their tests name the family by a parameter alone
     for family, facts in FAMILIES.items():
         pipelines = [pipeline for pipeline in facts.pipelines if applies(claim, pipeline)]
-        backing = [case for case in functions() if re.fullmatch(claim.modules, case.module) and re.search(claim.words, case.name)]
+        backing = [case for case in functions if re.fullmatch(claim.modules, case.module) and re.search(claim.words, case.name)]
         if claim.column == "step, references" and family == "flux2":
             continue  # by the last parameter: 0, 1 or 2 references
         assert not pipelines or any(of_all or is_of(case, claim, pipeline) for case in backing for pipeline in facts.pipelines), f"{family}: {claim.column}"

@@ -78,8 +78,8 @@ def test_shares_hold_at_the_end_of_every_step_over_300_random_mixes(signatures: 
             assert off.max() <= order.cells[0].micro + 2
 
 
-def test_rows_come_once_an_epoch_and_unmoved_by_other_sources_and_processes_over_300_random_mixes() -> None:
-    for number in range(MIXES):
+def test_rows_come_once_an_epoch_and_unmoved_by_other_sources_and_processes_over_100_random_mixes() -> None:
+    for number in range(MIXES // 3):
         order, _ = random_order(number, 1 + number % 4)
         drawn = order.steps(0, 60)
         # Draws of a cell are numbered without a gap, so that an epoch, a permutation of its rows, shows each once.
