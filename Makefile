@@ -16,9 +16,10 @@ quickstart-short: .venv/installed
 		--set stages.foundation.steps=100 --set stages.foundation.lr.warmup=10 --set stages.expose.steps=20 --set stages.expose.lr.warmup=2 \
 		--set stages.refine.steps=20 --set stages.refine.lr.warmup=2
 
-# Every plan in miniature, one after the other, in minutes each; those that fail are named at the end.
-rehearse: .venv/installed  ## rehearse every plan in plans/
+# Every plan in miniature and every notebook on a shortened plan, one after the other; those that fail are named at the end.
+rehearse: .venv/installed-dev  ## rehearse every plan in plans/ and every notebook
 	$(BIN)/python plans/digits.py data/digits
+	$(BIN)/python -m pytest tests/test_notebook.py -m slow --quiet
 	@failed=""; for plan in plans/*.yaml; do \
 		echo "$$plan"; $(BIN)/python train.py $$plan --rehearse || failed="$$failed $$plan"; \
 	done; if [ -n "$$failed" ]; then echo "these plans fail:$$failed"; exit 1; fi

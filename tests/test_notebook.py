@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, on shortened plans; and a run that a notebook interrupts is saved, and goes on to the same weights."""
+"""Every notebook runs from top to bottom, on shortened plans (`make rehearse`); and a run that a notebook interrupts is saved, and goes on to the same weights."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def shown(outputs: list[dict[str, Any]], kind: str) -> list[str]:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_quickstart_shows_the_plan_what_will_happen_the_table_and_the_sheet(tmp_path: Path) -> None:
     outputs = executed("quickstart.ipynb", {"SETTINGS: list[str] = []": f"SETTINGS = {SHORT!r}", 'Path("runs/notebook")': f"Path({str(tmp_path / 'run')!r})"})
     plan, explained, outcome = shown(outputs, "text/html")
@@ -61,6 +62,7 @@ def test_quickstart_shows_the_plan_what_will_happen_the_table_and_the_sheet(tmp_
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_look_at_a_mix_draws_the_order_and_the_rows() -> None:
     outputs = executed("look_at_a_mix.ipynb", {})
     assert len(shown(outputs, "image/png")) == 3
@@ -68,6 +70,7 @@ def test_look_at_a_mix_draws_the_order_and_the_rows() -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_your_images_checks_explains_and_rehearses_a_folder(tmp_path: Path) -> None:
     changes = {'Path("data/mine")': f"Path({str(tmp_path / 'mine')!r})", 'Path("runs/mine-rehearsal")': f"Path({str(tmp_path / 'rehearsal')!r})", 'Path("runs/mine.yaml")': f"Path({str(tmp_path / 'mine.yaml')!r})"}
     outputs = executed("your_images.ipynb", changes)
@@ -79,6 +82,7 @@ def test_your_images_checks_explains_and_rehearses_a_folder(tmp_path: Path) -> N
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_compare_runs_says_the_difference_of_each_source(tmp_path: Path) -> None:
     short = [setting for setting in SHORT if "accuracy" not in setting]
     outputs = executed("compare_runs.ipynb", {'Path("runs/compared")': f"Path({str(tmp_path)!r})", '"stages.foundation.steps=200", "stages.expose.steps=40", "stages.refine.steps=60"': repr(short)[1:-1]})

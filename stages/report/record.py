@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -212,7 +213,9 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _parse_plan(plan_text: str) -> dict[str, object]:
+@lru_cache(maxsize=1)
+def _parse_plan(plan_text: str) -> Event:
+    """What a plan says; a run reads its own several times, and parsing takes longer than all else of a short one's report."""
     if len(plan_text) > LONG_PLAN:
         return {}
     try:
