@@ -2,7 +2,7 @@
 
     cd tests && ../.venv/bin/python -m faults            # a short form of each, in minutes
     cd tests && ../.venv/bin/python -m faults --whole    # all of it, in hours; or some of it: --whole kills storage
-    cd tests && ../.venv/bin/python -m faults --write    # runs nothing: the last results of each script as the table of docs/reliability.md
+    cd tests && ../.venv/bin/python -m faults --write    # runs nothing: the last whole results of each script into the table of docs/reliability.md
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"one of {', '.join(SCRIPTS)}; left out, all of them")
     parser.add_argument("--whole", action="store_true", help="the whole matrix; left out, a short one in minutes")
-    parser.add_argument("--write", action="store_true", help="write the last results into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="write the last whole results into docs/reliability.md")
     given = parser.parse_args()
     if unknown := [name for name in given.scripts if name not in SCRIPTS]:
         parser.error(f"no script '{unknown[0]}' (scripts: {', '.join(SCRIPTS)})")
