@@ -10,6 +10,7 @@ for byte but for what a clock decides. A damaged run folder is lost unless what 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -78,9 +79,13 @@ def mount(place: Path, flags: int, files: int) -> None:
 def fill(place: Path, left: int) -> None:
     """Take all of a disk but for some bytes, in pages of 4,096."""
     with (place / "filler").open("ab") as file:
-        free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-        if free > left:
-            os.posix_fallocate(file.fileno(), file.tell(), free - left)
+        while (free := os.statvfs(place).f_bavail * os.statvfs(place).f_frsize) > left:
+            try:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free - left)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # another process of the run has written meanwhile
+                    raise
 
 
 def use_up_files(place: Path) -> None:
