@@ -75,7 +75,7 @@ def _publish(run: Run, index: int) -> None:
     place = run.folder / "adapter"
     if run.baton.adapter is None:
         shutil.rmtree(place, ignore_errors=True)  # of an earlier stage, whose weights this one has
-    elif is_published(run.folder, checkpoint):
+    elif not run.last_is_new and is_published(run.folder, checkpoint):  # what was trained anew is the same again, and its line is not in the log
         clear_old(place)
     else:
         batches = probe_batches(run.selections, run.shapes(stage))

@@ -277,6 +277,16 @@ def test_until_stops_after_a_stage_and_the_same_command_goes_on(world: Path, tmp
 
 
 @PROCESSES
+def test_a_last_stage_that_was_deleted_is_trained_anew_and_published_as_it_was(world: Path, tmp_path: Path, finished: Path) -> None:
+    folder = copy_run(finished, tmp_path / "again")
+    shutil.rmtree(folder / "stages" / "3-refine")
+    run(folder, plan_of(world), "--trace")
+    assert adapter_bytes(folder) == adapter_bytes(finished)
+    assert [line["max_difference"] for line in events(folder, "publish")] == [line["max_difference"] for line in events(finished, "publish")]
+    assert (folder / "trace.jsonl").read_bytes() == (finished / "trace.jsonl").read_bytes()
+
+
+@PROCESSES
 @pytest.mark.parametrize(
     ("change", "message"),
     [
