@@ -35,7 +35,7 @@ processes: .venv/installed-dev  ## real launchers: faults on one process of two,
 faults: .venv/installed-dev  ## broken data, plans nobody would write, files that lie, runs that are killed: what was done, how often, and how often it was survived
 	cd tests && ../$(BIN)/python -m faults
 
-faults-whole: .venv/installed-dev  ## all of it, in hours, and the table of docs/reliability.md
+faults-whole: .venv/installed-dev  ## all of it, in one to three hours, and the table of docs/reliability.md
 	cd tests && ../$(BIN)/python -m faults --whole && ../$(BIN)/python -m faults --write
 
 audit: .venv/installed  ## known holes of what Medley stands on; says so where the database cannot be asked

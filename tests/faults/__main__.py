@@ -1,7 +1,7 @@
 """Every fault that there is a script for, one script after the other, and one table of them all.
 
     cd tests && ../.venv/bin/python -m faults            # a short form of each, in minutes
-    cd tests && ../.venv/bin/python -m faults --whole    # all of it, in hours; or some of it: --whole kills storage
+    cd tests && ../.venv/bin/python -m faults --whole    # all of it, in one to three hours; or some of it: --whole kills storage
     cd tests && ../.venv/bin/python -m faults --write    # runs nothing: the last whole results of each script into the table of docs/reliability.md
 """
 
