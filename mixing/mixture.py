@@ -139,9 +139,8 @@ class StageMixture(Dataset[list[_Read]]):
         mixture.order = self.order.changed(step, self._weights(shares))
         return mixture
 
-    @property
     def asked(self) -> dict[str, float]:
-        """Source to the share of the stage's images that it is asked for."""
+        """Source to the share of the stage's images that it is asked for. Where shares may change thousands of times this takes seconds when it is first asked."""
         return self.order.asked(self.budget.steps)
 
     @property

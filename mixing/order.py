@@ -154,7 +154,7 @@ class Order:
         assert self._first_steps[place] == step > 0
         changed = copy(self)
         changed._weights = [*self._weights[:place], *[tuple(weights)] * (len(self._weights) - place)]
-        changed._laid_out = {number: segment for number, segment in self._laid_out.items() if number < place}
+        changed._laid_out = {number: segment for number, segment in list(self._laid_out.items()) if number < place}
         return changed
 
     def _segment(self, number: int) -> _Segment:

@@ -267,11 +267,12 @@ def _mix(stage: Stage, mixture: StageMixture, images: Mapping[str, int]) -> Tabl
     changes = isinstance(stage.mix, MixRamp)
     for name in (*(("first step", "last step") if changes else ()), "asked", "images", "rows", "epochs"):
         table.add_column(name, justify="right", no_wrap=True)
+    asked = mixture.asked()
     ends = [mixture.order.asked_at(step) for step in ((0, stage.steps - 1) if changes else ())]
     for name, count in images.items():
         selection = mixture.selections[name]
         rows = ["a stream", ""] if selection.stream else [f"{selection.size:,}", _epochs(count, selection.size)]
-        table.add_row(Text(name), *(f"{end[name]:.2%}" for end in ends), f"{mixture.asked[name]:.2%}", f"{count:,}", *rows)
+        table.add_row(Text(name), *(f"{end[name]:.2%}" for end in ends), f"{asked[name]:.2%}", f"{count:,}", *rows)
     return table
 
 

@@ -115,7 +115,8 @@ def _draw_first(axes: Axes, mixture: StageMixture, names: Sequence[str], colours
         here = places[sources == number]
         axes.vlines(here + 0.5, number - 0.4, number + 0.4, colors=colours[name], linewidth=max(1.0, 650 / images))
     axes.vlines([start for start in drawn.starts.tolist() if start <= len(sources)], -0.6, len(names) - 0.4, colors="0.8", linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(names)), [_named(name, mixture.asked[name]) for name in names], fontsize=8)
+    asked = mixture.asked()
+    axes.set_yticks(range(len(names)), [_named(name, asked[name]) for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, len(sources))
     axes.set_title(f"the first {len(sources)} images, one mark each; lines between steps", fontsize=9, loc="left", color="0.3")

@@ -317,7 +317,7 @@ def show_stage(leg: Leg) -> None:
     for column in ("source", "rows", "share", "images", "epochs"):
         table.add_column(column, justify="left" if column == "source" else "right")
     total = leg.mixture.images_before(stage.steps)
-    for name, share in leg.mixture.asked.items():
+    for name, share in leg.mixture.asked().items():
         rows = None if run.selections[name].stream else run.selections[name].size
         table.add_row(name, "a stream" if rows is None else f"{rows:,}", f"{share:.1%}", f"{share * total:,.0f}", "" if rows is None else f"{share * total / rows:.1f}")
     run.log.show(table)

@@ -33,6 +33,6 @@ def stage_event(leg: Leg) -> dict[str, Any]:
         "train": stage.train,
         "trainable": sum(numbers(parameter) for parameter in leg.training.trainable.values()),
         "parameters": sum(parameter.numel() for name, parameter in leg.model.named_parameters() if ".lora_" not in name),
-        "mix": leg.mixture.asked,
+        "mix": leg.mixture.asked(),
         "tokens_per_step": leg.mixture.tokens_before(stage.steps) / stage.steps,
     }

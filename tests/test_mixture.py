@@ -389,7 +389,7 @@ def test_few_rows_are_all_trained_on() -> None:
 def test_natural_shares_are_by_rows_that_are_trained_on_after_take() -> None:
     selections = {"a": select(source_of("a", rows_of("a", 100)), Choice(count=50, by="first"), 5), "b": selection_of("b", 55)}
     mixture = mixture_of(selections, images=20)
-    assert mixture.asked == {"a": 0.45, "b": 0.55}
+    assert mixture.asked() == {"a": 0.45, "b": 0.55}
     assert mixture.order.drawn_after(5) == {("a", group(0)): 45, ("b", group(0)): 55}
 
 
