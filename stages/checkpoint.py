@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixing.plain_file import open_plain, read_plain
+from mixing.plain_file import read_plain
+from stages.digests import file_digest
 from stages.disk import sync
 from stages.formats import FORMAT, FormatError, check_format, upgraded
 from stages.problems import RunError
@@ -106,7 +106,7 @@ def _fill(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
     for name, values in tensors.items():
         save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
     (partial / _STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
-    files = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
+    files = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())}
     for name in files:
         sync(partial / name)
     (partial / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
@@ -125,7 +125,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             path = folder / name
             if not path.is_file():
                 raise ValueError(f"{folder}: {name} is missing")
-            if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+            if path.stat().st_size != entry["bytes"] or file_digest(path) != entry["sha256"]:
                 raise ValueError(f"{folder}: {name} is not what was written (its hash differs)")
         if _STATE not in manifest["files"]:
             raise ValueError(f"{folder}: its manifest does not name {_STATE}")
@@ -194,12 +194,3 @@ def write_whole(path: Path, text: str) -> None:
 
 def _steps(stage_folder: Path) -> list[Path]:
     return [path for path in stage_folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()] if stage_folder.is_dir() else []
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = sha256()
-    with open_plain(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stages.checkpoint import file_sha256, write_whole
+from stages.checkpoint import write_whole
+from stages.digests import file_digest
 
 _MARK = "medley.json"
 
 
 def write_model_mark(model_folder: Path, weights: str) -> None:
     """Say of a model in its folder from which weights it was made, by their SHA-256 in a checkpoint, and what the files of its own weights hold."""
-    write_whole(model_folder / _MARK, json.dumps({"checkpoint": weights, "sha256": {name: file_sha256(path) for name, path in _files(model_folder).items()}}))
+    write_whole(model_folder / _MARK, json.dumps({"checkpoint": weights, "sha256": {name: file_digest(path) for name, path in _files(model_folder).items()}}))
 
 
 def is_made_from(model_folder: Path, weights: str) -> bool:
@@ -26,7 +27,7 @@ def is_made_from(model_folder: Path, weights: str) -> bool:
             return False
         files = _files(model_folder)
         if "sha256" in said:
-            return bool(said["sha256"] == {name: file_sha256(path) for name, path in files.items()})
+            return bool(said["sha256"] == {name: file_digest(path) for name, path in files.items()})
         return said.get("bytes") in (None, {name: path.stat().st_size for name, path in files.items()})
     except (OSError, ValueError, RecursionError):
         return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixing.batch import MicroBatch
 from stages.adapter import lora_layers, of_adapter
 from stages.checked import DamagedError, checked, read_checked
-from stages.checkpoint import file_sha256
+from stages.digests import file_digest
 from stages.disk import sync
 from stages.families.family import Family
 from stages.handoff import probe, same_outputs
@@ -141,7 +141,7 @@ def _fill(
             )
         worst = max(worst, difference)
     (partial / "README.md").write_text("\n".join([card, "## ComfyUI", "", *said, ""]), encoding="utf-8")
-    weights = {path.name: file_sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+    weights = {path.name: file_digest(path) for path in sorted(partial.glob("*.safetensors"))}
     (partial / _HASHES).write_text(checked(weights), encoding="utf-8")
     for path in partial.rglob("*"):
         sync(path)
@@ -152,7 +152,7 @@ def is_as_published(folder: Path) -> bool:
     """Whether the weights in adapter/ are those that were published there; the card may be edited. A former version wrote no hashes: then they are believed."""
     try:
         weights = read_checked(folder / _HASHES)
-        return weights is None or all(file_sha256(folder / name) == digest for name, digest in weights.items())
+        return weights is None or all(file_digest(folder / name) == digest for name, digest in weights.items())
     except (DamagedError, OSError):
         return False
 

@@ -32,11 +32,11 @@ import train
 from models import tiny_flux
 from stages.log_files import log_lines
 
+# All of it once, here: a forked process would import each of them again, in every run of every test, a quarter of what a short run takes.
 for package in (mixing, stages):
     for module in walk_packages(package.__path__, f"{package.__name__}."):
         import_module(module.name)
 import_module("pandas")  # which pyarrow imports when it is first asked for something
-# A forked process would import each of them again, in every run of every test: a quarter of what a short run takes.
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 FSDP2 = MappingProxyType({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"})

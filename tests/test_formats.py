@@ -130,7 +130,7 @@ def test_stage_and_run_begin_from_a_stage_and_an_adapter_of_a_former_format(worl
     printed = carry_out(Path(folder.name), {**plan, "stages": [*plan["stages"], {**more, "handoff": {"optimizer": "keep"}}]})
     changed = re.search(r"optimizer of 8 of 8 weights \(keep\); the function changed by (\S+) of what was learnt", printed)
     assert changed is not None, printed
-    assert float(changed[1]) < 1e-4  # and not 0: it was computed on another machine
+    assert float(changed[1]) < 1e-4  # 0 only on the machine that the frozen run was made on
     assert_alike(read_checkpoint(folder / "stages" / "4-more" / "step-000001").tensors("adapter"), last)
     for start in (frozen, frozen / "adapter"):
         begun = read_start(asked({**plan, "start": str(start), "stages": [more]}), fingerprint("model"))

@@ -25,6 +25,7 @@ from runs import adapter_bytes, events, make_world, plan_of, started, write_plan
 from stages.checked import DamagedError, checked, read_checked
 from stages.checkpoint import Checkpoint, write_checkpoint
 from stages.console import EnduringConsole
+from stages.digests import file_digest
 from stages.evaluation_size import Size
 from stages.going_on import check_finished
 from stages.log_files import BEGINNING, Place
@@ -307,7 +308,7 @@ def test_damaged_outputs_of_the_untrained_model_are_none(tmp_path: Path) -> None
 def test_a_published_adapter_is_as_published_until_its_weights_are_touched(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"weights")
     assert is_as_published(tmp_path)  # of a former version, which wrote no hashes
-    (tmp_path / _HASHES).write_text(checked({"a.safetensors": stages.checkpoint.file_sha256(tmp_path / "a.safetensors")}))
+    (tmp_path / _HASHES).write_text(checked({"a.safetensors": file_digest(tmp_path / "a.safetensors")}))
     (tmp_path / "README.md").write_text("the owner's own words")
     assert is_as_published(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"weighty")
